@@ -1,0 +1,262 @@
+"""The main job: tune a model with and without methods, measure both, and write the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from salience.core.errors import ConflictError, ParameterError
+from salience.core.evidence import about
+from salience.core.files import check_writable, write_json_atomic
+from salience.core.method import Method
+from salience.core.spec import describe_method, parse_method
+from salience.hosts import checkpoints, data
+from salience.hosts.tuning import Arm, Progress, Score, Task, check_folder, run_arm
+from salience.jobs.recipe import TuneRecipe
+
+# what the claims recommend for the sandbox's instructions (see docs/tune.md)
+RECOMMENDED = ("ist:active_layers=4", "deft:weight=0.1")
+_HELD_OUT_SHARE = 0.05
+_SANDBOX_STEPS, _QUICK_STEPS = 220, 40
+
+
+@dataclass
+class _Source:
+    """A model and data, ready to tune."""
+
+    make: Callable[[], tuple[Any, Any]]
+    train: Any
+    test: Any
+    score: Score | None
+    model: dict[str, Any]
+    data: dict[str, Any]
+    quality: dict[str, Any]
+    tokenizer: Any
+
+
+def tune(
+    recipe: TuneRecipe,
+    out: Path,
+    *,
+    progress: Progress = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Run the recipe in `out`, or go on with it there.
+
+    Args:
+        recipe (TuneRecipe): what to do.
+        out (Path): run folder; new, empty, or of the same recipe.
+        progress (Progress): told after every step.
+        say (Callable): told in a sentence what happens now.
+        stop (Callable): asked after every step whether to stop cleanly.
+
+    Returns:
+        dict: what `result.json` holds; `report.html` lies beside it.
+
+    Raises:
+        SalienceError: for bad input, before any work starts; for a loss that is not finite, with everything kept.
+        Stopped: if `stop` asked for it.
+    """
+    methods = [parse_method(text) for text in _method_texts(recipe)]
+    device = checkpoints.check_device(recipe.device)
+    _refuse(recipe, methods)
+    check_writable(out)
+    source = _sandbox(recipe, say) if recipe.model is None and recipe.data is None else _given(recipe, device, say)
+    check_folder(out, {**recipe.model_dump(), "methods": [describe_method(method) for method in methods]})
+    task = _task(recipe, source, str(device))
+    arms = _arms(recipe, methods)
+    results = {}
+    for arm in arms:
+        say(f"tuning: {arm.label}")
+        results[arm.name] = run_arm(arm, task, out, progress, stop)
+    result = {
+        "title": f"Tuning {source.model['name']} on {source.data['name']}",
+        "model": source.model,
+        "data": source.data,
+        "quality": source.quality,
+        "baseline": arms[0].name,
+        "arms": results,
+        "verdict": [],
+        "about": about(str(device)),
+    }
+    write_json_atomic(out / "result.json", result)
+    _gather(out, [arm.name for arm in arms])
+    say("writing the report")
+    from salience.report import build
+
+    build(out)
+    return result
+
+
+def _method_texts(recipe: TuneRecipe) -> list[str]:
+    if recipe.methods:
+        return recipe.methods
+    return list(RECOMMENDED) if recipe.model is None and recipe.data is None else []
+
+
+def _refuse(recipe: TuneRecipe, methods: list[Method]) -> None:
+    for method in methods:
+        if "trainer" not in method.targets():
+            raise ConflictError(f"method must act on training for tune, got {method.slug()}")
+        if "peft" in method.needs and recipe.adapter == "none":
+            raise ConflictError(f"adapter must be lora for {method.slug()}, got none")
+        if "full" in method.needs and recipe.adapter == "lora":
+            raise ConflictError(f"adapter must be none for {method.slug()} (it trains whole layers), got lora")
+
+
+def _arms(recipe: TuneRecipe, methods: list[Method]) -> list[Arm]:
+    plain = "LoRA" if recipe.adapter == "lora" else "full tuning"
+    name = plain.lower().replace(" ", "-")
+    arms = [Arm(name, plain)] if recipe.baseline or not methods else []
+    if methods:
+        together = " + ".join(type(method).__name__ for method in methods)
+        arms.append(Arm(f"{name}-{'-'.join(m.slug() for m in methods)}", f"{plain} with {together}", tuple(methods)))
+    return arms
+
+
+def _task(recipe: TuneRecipe, source: _Source, device: str) -> Task:
+    sandbox = recipe.model is None
+    rate = recipe.learning_rate or (2e-3 if sandbox else 2e-4) * (1 if recipe.adapter == "lora" else 0.1)
+    per_step = recipe.batch_size * recipe.accumulation
+    steps = recipe.steps or (
+        (_QUICK_STEPS if recipe.quick else _SANDBOX_STEPS)
+        if sandbox and recipe.data is None
+        else max(round(recipe.epochs * len(source.train) / per_step), 1)
+    )
+    return Task(
+        make=source.make,
+        train=source.train,
+        test=source.test,
+        collate=data.Collator(source.tokenizer),
+        score=source.score,
+        steps=steps,
+        settings={
+            "per_device_train_batch_size": recipe.batch_size,
+            "per_device_eval_batch_size": 4 * recipe.batch_size,
+            "gradient_accumulation_steps": recipe.accumulation,
+            "learning_rate": rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": max(steps // 20, 1),
+            "weight_decay": 0.0,
+            "use_cpu": device == "cpu",
+            "bf16": device != "cpu" and recipe.dtype != "float32",
+        },
+        lora=_lora(recipe) if recipe.adapter == "lora" else None,
+        seed=recipe.seed,
+        save_every=recipe.save_every,
+    )
+
+
+def _lora(recipe: TuneRecipe) -> dict[str, Any]:
+    alpha = recipe.alpha or 2 * recipe.rank
+    return {"r": recipe.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "target_modules": "all-linear"}
+
+
+def _sandbox(recipe: TuneRecipe, say: Callable[[str], None]) -> _Source:
+    from salience.sandbox.instructions import instruction_world
+    from salience.sandbox.scoring import exact_match
+
+    say("making the sandbox model (once on this machine)")
+    world = instruction_world(size="tiny" if recipe.quick else "small", seed=recipe.seed)
+    test = world.test.select(range(min(recipe.eval_samples, len(world.test))))
+
+    def score(model: Any, tokenizer: Any) -> dict[str, float]:
+        matched = exact_match(model, tokenizer, test)
+        return {"overall" if name == "all" else name: 100.0 * value for name, value in matched.items()}
+
+    model = world.model()
+    return _Source(
+        make=lambda: (world.model(), world.tokenizer()),
+        train=_columns(world.encoded()),
+        test=_columns(world.encoded(test)),
+        score=score,
+        model=_about_model(model, "the sandbox model", "trained in place on Python's own sources and simple tasks"),
+        data={
+            "name": "the sandbox's instructions",
+            "train": len(world.train),
+            "test": len(test),
+            "description": "string and number tasks; noise is planted in a part of the training answers",
+        },
+        quality={"name": "exact match", "higher_is_better": True, "unit": "%"},
+        tokenizer=world.tokenizer(),
+    )
+
+
+def _given(recipe: TuneRecipe, device: Any, say: Callable[[str], None]) -> _Source:
+    """A user's model, data, or both; everything is checked before the first step."""
+    if recipe.model is None:
+        from salience.sandbox.text import text_world
+
+        say("making the sandbox model (once on this machine)")
+        world = text_world(size="tiny" if recipe.quick else "small")
+        make, name = (lambda: (world.model(), world.tokenizer())), "the sandbox model"
+    else:
+        source, name = recipe.model, Path(recipe.model).name
+        say(f"loading {name}")
+
+        def make() -> tuple[Any, Any]:
+            return checkpoints.load_model(source, dtype=recipe.dtype, device=device)
+
+    if recipe.data is None:
+        raise ParameterError("data must be given together with model, got none: --data FILE_OR_DATASET")
+    rows = data.load_rows(recipe.data, columns=recipe.columns)
+    model, tokenizer = make()
+    checkpoints.check_tokenizer(model, tokenizer)
+    length = checkpoints.check_positions(model, recipe.max_length)
+    held_out = data.load_rows(recipe.test_data, columns=recipe.columns) if recipe.test_data else None
+    if held_out is None:
+        rows, held_out = _split(rows, recipe)
+    held_out = held_out.select(range(min(recipe.eval_samples, len(held_out))))
+    say(f"reading {len(rows)} training and {len(held_out)} held-out samples")
+    train = data.tokenize(rows, tokenizer, max_length=length, truncate=recipe.truncate)
+    test = data.tokenize(held_out, tokenizer, max_length=length, truncate=recipe.truncate)
+    return _Source(
+        make=make,
+        train=_columns(train),
+        test=_columns(test),
+        score=None,
+        model=_about_model(model, name, recipe.model or ""),
+        data={"name": Path(recipe.data).name, "train": len(rows), "test": len(held_out), "description": recipe.data},
+        quality={"name": "held-out loss", "higher_is_better": False, "unit": "nats/token"},
+        tokenizer=tokenizer,
+    )
+
+
+def _split(rows: Any, recipe: TuneRecipe) -> tuple[Any, Any]:
+    if len(rows) < 2:
+        raise ParameterError(f"data must be at least two samples (one is held out), got {len(rows)}")
+    share = max(1, min(recipe.eval_samples, round(_HELD_OUT_SHARE * len(rows))))
+    split = rows.train_test_split(test_size=share, seed=recipe.seed)
+    return split["train"], split["test"]
+
+
+def _columns(rows: Any) -> Any:
+    return rows.select_columns(["input_ids", "attention_mask", "labels"])
+
+
+def _about_model(model: Any, name: str, source: str) -> dict[str, Any]:
+    from salience.hosts.transformers import structure
+
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"name": name, "parameters": parameters, "layers": len(structure(model).layers), "source": source}
+
+
+def _gather(out: Path, arms: list[str]) -> None:
+    """Bring the arms' score histories and token heat into the run folder's own files."""
+    from safetensors.torch import load_file, save_file
+
+    scores, tokens = {}, []
+    for arm in arms:
+        home = out / "arms" / arm
+        if (home / "scores.safetensors").is_file():
+            scores.update(load_file(str(home / "scores.safetensors")))
+        if (home / "tokens.json").is_file():
+            tokens += json.loads((home / "tokens.json").read_text(encoding="utf-8"))
+    if scores:
+        save_file(scores, str(out / "scores.safetensors"))
+    if tokens:
+        write_json_atomic(out / "tokens.json", tokens)

@@ -1,0 +1,146 @@
+"""Fixtures that many tests share: tiny models made from config classes, no downloads, no network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _no_global_random_state():
+    """A test that moves torch's global random state must not change the next one."""
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    yield
+    torch.set_rng_state(state)
+
+
+def tiny_llama(layers=2, vocab=64, hidden=32, seed=0, **settings):
+    """A Llama of a few thousand parameters, in float32, with dropout off."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        **settings,
+    )
+    return LlamaForCausalLM(config)
+
+
+def tiny_gpt2(layers=2, vocab=64, seed=0):
+    """A GPT-2 in float64 with dropout off: unlike Llama's norms, its layer norms really compute in float64."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=vocab,
+        n_embd=32,
+        n_layer=layers,
+        n_head=4,
+        n_positions=128,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return GPT2LMHeadModel(config).double()
+
+
+def with_lora(model, r=4, dropout=0.0, targets=("q_proj", "v_proj", "up_proj", "down_proj"), **settings):
+    """The model under a LoRA adapter whose B matrices are not zero, so that every gradient is."""
+    from peft import LoraConfig, get_peft_model
+
+    settings.setdefault("lora_alpha", r)
+    wrapped = get_peft_model(
+        model, LoraConfig(r=r, lora_dropout=dropout, target_modules=list(targets), **settings)
+    )
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return wrapped
+
+
+def ragged_samples(count=8, vocab=64, longest=12, seed=0):
+    """Samples of different lengths: prompt masked with -100, then a response; as lists."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for _ in range(count):
+        length = int(torch.randint(5, longest + 1, (1,), generator=generator))
+        prompt = int(torch.randint(1, length - 2, (1,), generator=generator))
+        ids = torch.randint(3, vocab, (length,), generator=generator).tolist()
+        samples.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return samples
+
+
+def collate(samples, pad=0, side="right"):
+    """Pads ragged samples to one batch of tensors."""
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    rows = {"input_ids": [], "attention_mask": [], "labels": []}
+    for sample in samples:
+        ids, labels = list(sample["input_ids"]), list(sample["labels"])
+        gap = longest - len(ids)
+        for name, row, filler in (
+            ("input_ids", ids, pad),
+            ("attention_mask", [1] * len(ids), 0),
+            ("labels", labels, -100),
+        ):
+            rows[name].append(row + [filler] * gap if side == "right" else [filler] * gap + row)
+    return {name: torch.tensor(row) for name, row in rows.items()}
+
+
+class Listed(torch.utils.data.Dataset):
+    """A map-style dataset over a list of samples."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+
+def tiny_trainer(folder, model=None, samples=None, cls=None, callbacks=None, **settings):
+    """A transformers Trainer on the CPU that writes nothing but what a test asks for."""
+    from transformers import Trainer, TrainingArguments
+
+    arguments = {
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+        "remove_unused_columns": False,
+        **settings,
+    }
+    return (cls or Trainer)(
+        model=model if model is not None else tiny_llama(),
+        args=TrainingArguments(**arguments),
+        train_dataset=Listed(samples or ragged_samples(8)),
+        data_collator=collate,
+        callbacks=callbacks,
+    )
+
+
+def losses_of(trainer):
+    """The logged training losses."""
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]

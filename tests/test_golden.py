@@ -1,0 +1,61 @@
+"""Every method against numbers of its official code.
+
+`golden/<slug>.safetensors` + `.json` hold inputs and outputs; `golden_adapters/<slug>.py` has `run(tensors,
+parameters) -> dict of tensors`, which calls only salience's public functions. Set SALIENCE_GOLDEN to another folder
+to check other cases of the same form.
+"""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+FOLDER = Path(os.environ.get("SALIENCE_GOLDEN", HERE / "golden"))
+ADAPTERS = {
+    path.stem: path for path in sorted((HERE / "golden_adapters").glob("*.py")) if path.stem != "__init__"
+}
+
+
+def _adapter(slug):
+    spec = importlib.util.spec_from_file_location(f"golden_adapter_{slug}", ADAPTERS[slug])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("slug", ADAPTERS)
+def test_matches_the_official_numbers(slug):
+    path = FOLDER / f"{slug.replace('_', '-')}.safetensors"
+    if not path.is_file():
+        pytest.skip(f"no golden file {path}")
+    tensors = load_file(path)
+    parameters = json.loads(path.with_suffix(".json").read_text())
+    adapter = _adapter(slug)
+    outputs = adapter.run(tensors, parameters)
+    skipped = set(adapter.SKIPS)
+    prefixes = getattr(adapter, "SKIP_PREFIXES", ())
+    expected = {k for k in tensors if k not in skipped and not k.startswith(tuple(prefixes) or ("\0",))}
+    missing = expected - set(outputs)
+    assert not missing, f"{slug}: the adapter gives no {sorted(missing)}"
+    for name in sorted(expected):
+        tolerance = getattr(adapter, "TOLERANCES", {}).get(name, adapter.TOLERANCE)
+        torch.testing.assert_close(
+            outputs[name],
+            tensors[name],
+            **tolerance,
+            check_dtype=False,
+            equal_nan=True,
+            msg=lambda m, n=name: f"{slug}.{n}: {m}",
+        )
+
+
+def test_every_method_has_an_adapter():
+    from salience.core.registry import entries
+
+    without = sorted(set(entries()) - {slug.replace("_", "-") for slug in ADAPTERS})
+    assert not without, f"no golden adapter for {without}"
