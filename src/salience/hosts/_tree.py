@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from salience.core.errors import StructureError
-from salience.hosts._parts import Part, has_attention, join, width
+from salience.hosts._parts import Place, has_attention, join, width
 
 _TREE_LINES = 60
 # what DistributedDataParallel, torch.compile and PEFT put in front of a name
@@ -40,26 +40,26 @@ def without_wrappers(name: str) -> str:
     return name
 
 
-def block_lists(part: Part) -> Iterator[Part]:
+def block_lists(part: Place) -> Iterator[Place]:
     """The outermost lists of blocks in a module: lists inside a block (experts, sub-layers) are not entered."""
     for name, child in part.module.named_children():
-        inner = Part(join(part.path, name), child)
+        inner = Place(join(part.path, name), child)
         if _is_block_list(inner):
             yield inner
         elif width(child) is None:
             yield from block_lists(inner)
 
 
-def blocks(part: Part) -> list[Part]:
+def blocks(part: Place) -> list[Place]:
     """The blocks of a list; stages that are lists of blocks themselves (Swin, ALBERT) are laid end to end."""
-    items = [Part(join(part.path, name), child) for name, child in part.module.named_children()]
-    stages = [_attention_lists(item) for item in items]
+    items = [Place(join(part.path, name), child) for name, child in part.module.named_children()]
+    stages = [_stage_lists(item) for item in items]
     if items and all(len(inner) == 1 for inner in stages):
         return [block for inner in stages for block in blocks(inner[0])]
     return items
 
 
-def _is_block_list(part: Part) -> bool:
+def _is_block_list(part: Place) -> bool:
     """A list all of whose items are blocks: modules with parameters, and with modules inside.
 
     Items of several classes are blocks too (hybrids of attention and state space), unless one of them holds its own
@@ -67,24 +67,32 @@ def _is_block_list(part: Part) -> bool:
     """
     if not isinstance(part.module, (nn.ModuleList, nn.Sequential)):
         return False
-    items = [Part(join(part.path, name), child) for name, child in part.module.named_children()]
+    items = [Place(join(part.path, name), child) for name, child in part.module.named_children()]
     composite = all(
         width(item.module) is None and next(item.module.children(), None) is not None for item in items
     )
-    if not items or not composite or not all(_size(item.module) for item in items):
+    if not items or not composite or not all(size(item.module) for item in items):
         return False
     if len({type(item.module) for item in items}) == 1:
         return True
-    return isinstance(part.module, nn.ModuleList) and not any(_attention_lists(item) for item in items)
+    return isinstance(part.module, nn.ModuleList) and not any(_stage_lists(item) for item in items)
 
 
-def _attention_lists(part: Part) -> list[Part]:
-    """Lists in a module (or itself) every item of which holds an attention."""
+def _stage_lists(part: Place) -> list[Place]:
+    """Lists of whole blocks in a module (or itself): each has an attention and more, together they are most of it.
+
+    A list of bare attentions, or of attention sub-layers beside an MLP, is a part of one block instead.
+    """
     lists = [part] if _is_block_list(part) else list(block_lists(part))
-    return [inner for inner in lists if all(has_attention(item) for item in inner.module.children())]
+    return [
+        inner
+        for inner in lists
+        if 2 * size(inner.module) > size(part.module)
+        and all(any(map(has_attention, item.children())) for item in inner.module.children())
+    ]
 
 
-def stack_lists(part: Part) -> list[Part]:
+def stack_lists(part: Place) -> list[Place]:
     """The lists of blocks that are the stacks of a network.
 
     These are all lists with attention, and the list with the most parameters. Smaller lists without attention are
@@ -92,30 +100,32 @@ def stack_lists(part: Part) -> list[Part]:
     """
     lists = list(block_lists(part))
     if lists:
-        largest = max(lists, key=lambda inner: _size(inner.module))
+        largest = max(lists, key=lambda inner: size(inner.module))
         return [inner for inner in lists if inner is largest or has_attention(inner.module)]
     leaves = [
-        Part(join(part.path, name), module)
+        Place(join(part.path, name), module)
         for name, module in part.module.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) > 1
         and len({type(item) for item in module}) == 1
-        and all(_size(item) for item in module)
+        and all(size(item) for item in module)
     ]
-    return [max(leaves, key=lambda inner: _size(inner.module))] if leaves else []
+    return [max(leaves, key=lambda inner: size(inner.module))] if leaves else []
 
 
-def list_by_hand(model: nn.Module, core: Part, path: str) -> Part:
+def list_by_hand(model: nn.Module, core: Place, path: str) -> Place:
     """The list of blocks that the user named, by its path in the model or in what the model wraps.
 
     Raises:
         StructureError: if there is no such list; names the nearest paths.
     """
-    for root in (Part("", model), core):
+    for root in (Place("", model), core):
         found = dict(root.module.named_modules()).get(path)
         if isinstance(found, (nn.ModuleList, nn.Sequential)) and len(found):
-            return Part(join(root.path, path), found)
-    lists = [name for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+            return Place(join(root.path, path), found)
+    lists = [
+        name for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))
+    ]
     near = difflib.get_close_matches(path, lists, n=3, cutoff=0.0)
     raise StructureError(
         f"layers must be the dotted path of a ModuleList in {type(model).__name__}, got {path!r}; "
@@ -150,5 +160,6 @@ def _alike(one: nn.Module, other: nn.Module) -> bool:
     return [(name, type(part)) for name, part in mine] == [(name, type(part)) for name, part in yours]
 
 
-def _size(module: nn.Module) -> int:
+def size(module: nn.Module) -> int:
+    """The number of elements of all parameters."""
     return sum(parameter.numel() for parameter in module.parameters())

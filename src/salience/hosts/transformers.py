@@ -13,7 +13,7 @@ for layer in found.layers:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -21,21 +21,24 @@ from typing import Any, Literal
 from torch import nn
 
 from salience.core.errors import StructureError
+from salience.hosts._mlps import Mlp, find_mlps
 from salience.hosts._parts import (
     Attention,
-    Mlp,
-    Part,
+    Heads,
+    Place,
     find_attentions,
-    find_mlps,
+    has_attention,
     join,
     under,
     walk,
     width,
 )
+from salience.hosts._towers import can_generate, coders, getter, holds, is_encoder_decoder, stack_name
 from salience.hosts._tree import (
     blocks,
     list_by_hand,
     path_of,
+    size,
     stack_lists,
     tree,
     unwrap,
@@ -44,10 +47,11 @@ from salience.hosts._tree import (
 
 __all__ = [
     "Attention",
+    "Heads",
     "Layer",
     "LossKind",
     "Mlp",
-    "Part",
+    "Place",
     "Stack",
     "Structure",
     "activation_modules",
@@ -88,7 +92,8 @@ class Stack:
     """Blocks that run one after another.
 
     Attributes:
-        name (str): "decoder", "encoder", "text", "vision", "audio", or "layers" where the model does not tell.
+        name (str): "decoder", "encoder", "text", "vision", "audio", or "layers" where the model does not tell;
+            a smaller second one of a kind is "vision_2".
         path (str): the list that holds them.
         layers (tuple[Layer, ...]): in the order of the list.
     """
@@ -105,15 +110,15 @@ class Structure:
     Attributes:
         stacks (tuple[Stack, ...]): in the order of the module tree.
         main (tuple[str, ...]): names of the stacks that make up `layers`.
-        embeddings (Part | None): the input token embedding, or the patch embedding of a vision model.
-        head (Part | None): the projection to the vocabulary, or to the classes of a classifier.
+        embeddings (Place | None): the input token embedding, or the patch embedding of a vision model.
+        head (Place | None): the projection to the vocabulary, or to the classes of a classifier.
         tied (bool): the head's weight is the embedding's weight.
     """
 
     stacks: tuple[Stack, ...]
     main: tuple[str, ...]
-    embeddings: Part | None
-    head: Part | None
+    embeddings: Place | None
+    head: Place | None
     tied: bool
 
     @property
@@ -151,7 +156,7 @@ def structure(model: nn.Module, *, layers: str | None = None) -> Structure:
     Raises:
         StructureError: if there is no list of blocks; shows the module tree.
     """
-    core = Part(path_of(model, inner := unwrap(model)) or "", inner)
+    core = Place(path_of(model, inner := unwrap(model)) or "", inner)
     lists = [list_by_hand(model, core, layers)] if layers is not None else stack_lists(core)
     if not lists:
         raise StructureError(
@@ -159,10 +164,10 @@ def structure(model: nn.Module, *, layers: str | None = None) -> Structure:
             f'say where they are with layers="path.to.blocks". The module tree is\n{tree(model)}'
         )
     embeddings = _embeddings(core, lists)
-    names = _unique([_stack_name(core, found, embeddings, len(lists) > 1) for found in lists])
+    names = _unique([stack_name(core, found, lists, embeddings) for found in lists], lists)
     stacks = tuple(_stack(core, name, found) for name, found in zip(names, lists, strict=True))
     head = _head(core, lists)
-    return Structure(stacks, _main(core, stacks), embeddings, head, _tied(embeddings, head))
+    return Structure(stacks, _main(core, names), embeddings, head, _tied(embeddings, head))
 
 
 def activation_modules(model: nn.Module, *, layers: str | None = None) -> list[tuple[str, nn.Module]]:
@@ -208,7 +213,7 @@ def layer_index(found: Structure, name: str) -> int | None:
 
 
 def adapter_layers(model: nn.Module, *, layers: str | None = None) -> dict[int, list[tuple[str, nn.Module]]]:
-    """The PEFT tuner layers with a scaling, as (path, module), by position of their layer in `structure(model).layers`.
+    """The PEFT tuner layers with a scaling, as (path, module), by position of their layer in the main stack.
 
     Tuner layers outside of the main stack (on embeddings, head or vision tower) are left out; a layer without
     adapters has no entry.
@@ -247,32 +252,33 @@ def loss_kind(model: nn.Module) -> LossKind:
     from transformers.loss import loss_utils
 
     core = unwrap(model)
-    config = getattr(core, "config", None)
     named = getattr(core, "loss_type", None)
-    function = loss_utils.LOSS_MAPPING.get(named) if named else None
     kinds: dict[Any, LossKind] = {
+        loss_utils.ForCausalLMLoss: "causal",
         loss_utils.ForMaskedLMLoss: "masked",
         loss_utils.ForTokenClassification: "token",
         loss_utils.ForSequenceClassificationLoss: "sequence",
         loss_utils.ForQuestionAnsweringLoss: "question",
     }
-    if function in kinds:
-        return kinds[function]
-    # models named before the pattern (GPT2LMHeadModel) have no loss_type: the head and generation tell
-    if function is loss_utils.ForCausalLMLoss or (named is None and _output_embeddings(core) is not None):
-        if getattr(config, "is_encoder_decoder", False):
-            return "seq2seq"
-        return "causal" if function is not None or _can_generate(core) else "masked"
-    raise StructureError(
-        f"model must have a loss on labels, got {type(core).__name__} with loss_type {named!r}; load it with a head "
-        "(AutoModelForCausalLM, AutoModelForMaskedLM, ...), or set model.loss_type to a key of "
-        "transformers.loss.loss_utils.LOSS_MAPPING"
-    )
+    kind = kinds.get(loss_utils.LOSS_MAPPING.get(named))
+    if named is None and _output_embeddings(core) is not None:
+        # classes named before the pattern (GPT2LMHeadModel) state no loss: a head that generates is causal
+        kind = "causal" if can_generate(core) else "masked"
+    if kind is None:
+        raise StructureError(
+            f"model must have a loss on labels, got {type(core).__name__} with loss_type {named!r}; load it with a "
+            "head (AutoModelForCausalLM, AutoModelForMaskedLM, ...), or set model.loss_type to a key of "
+            "transformers.loss.loss_utils.LOSS_MAPPING"
+        )
+    # the decoder's inputs are already shifted there, whichever of the two losses the model takes
+    if kind in ("causal", "masked") and is_encoder_decoder(core):
+        return "seq2seq"
+    return kind
 
 
-def _stack(core: Part, name: str, found: Part) -> Stack:
+def _stack(core: Place, name: str, found: Place) -> Stack:
     # the position decides in encoder-decoders: every attention but a decoder layer's first reads the encoder
-    in_decoder = name == "decoder" and bool(_coders(core))
+    in_decoder = name == "decoder" and bool(coders(core))
     layers = []
     for index, block in enumerate(blocks(found)):
         attentions = find_attentions(block, in_decoder=in_decoder)
@@ -280,88 +286,42 @@ def _stack(core: Part, name: str, found: Part) -> Stack:
     return Stack(name, found.path, tuple(layers))
 
 
-def _stack_name(core: Part, found: Part, embeddings: Part | None, several: bool) -> str:
-    """What a list of blocks is for, from the config, the public getters, and what lies around it."""
-    for name, coder in _coders(core).items():
-        if _holds(coder, found.module):
-            return name
-    tower = _tower(core, found, embeddings)
-    if tower is not None:
-        return tower
-    causal = [getattr(part.module, "is_causal", None) for part in walk(found.module)]
-    known = [flag for flag in causal if isinstance(flag, bool)]
-    if any(known) or (not known and _can_generate(core.module)):
-        return "decoder"
-    if not known and not hasattr(core.module, "config"):
-        return "layers"
-    return "text" if several else "encoder"
-
-
-def _tower(core: Part, found: Part, embeddings: Part | None) -> str | None:
-    """ "vision" or "audio" if the blocks read patches or frames, None if they read tokens."""
-    for modality, name in (("image", "vision"), ("audio", "audio")):
-        encoder = _getter(core.module, "get_encoder", modality=modality)
-        if encoder is not None and encoder is not core.module and _holds(encoder, found.module):
-            return name
-    # outwards, the first module that feeds the blocks: with the model's token embedding, or with a convolution
-    path = found.path
-    while path != core.path and under(path, core.path):
-        path = path.rpartition(".")[0]
-        around = core.module.get_submodule(path.removeprefix(core.path).lstrip("."))
-        if embeddings and isinstance(embeddings.module, nn.Embedding) and _holds(around, embeddings.module):
-            return None
-        inputs = [part.module for part in walk(around, path) if not under(part.path, found.path)]
-        if any(isinstance(module, (nn.Conv2d, nn.Conv3d)) for module in inputs):
-            return "vision"
-        if any(isinstance(module, nn.Conv1d) for module in inputs):
-            return "audio"
-        if any(isinstance(module, nn.Embedding) for module in inputs):
-            return None
-    return None
-
-
-def _main(core: Part, stacks: tuple[Stack, ...]) -> tuple[str, ...]:
-    names = [stack.name for stack in stacks]
-    if _coders(core) and {"encoder", "decoder"} <= set(names):
+def _main(core: Place, names: list[str]) -> tuple[str, ...]:
+    if coders(core) and {"encoder", "decoder"} <= set(names):
         return "encoder", "decoder"
     return (next((name for name in _MAIN if name in names), names[0]),)
 
 
-def _unique(names: list[str]) -> list[str]:
-    """Names made different by a number: vision, vision_2."""
-    return [
-        name if (times := names[: place + 1].count(name)) == 1 else f"{name}_{times}"
-        for place, name in enumerate(names)
-    ]
+def _unique(kinds: list[str], lists: list[Place]) -> list[str]:
+    """Names for stacks of these kinds: the largest with attention is "vision", the next "vision_2"."""
+    names = [""] * len(kinds)
+    seen: Counter[str] = Counter()
+    ranks = [(has_attention(found.module), size(found.module)) for found in lists]
+    for place in sorted(range(len(kinds)), key=lambda place: ranks[place], reverse=True):
+        kind = kinds[place]
+        seen[kind] += 1
+        names[place] = kind if seen[kind] == 1 else f"{kind}_{seen[kind]}"
+    return names
 
 
-def _coders(core: Part) -> dict[str, nn.Module]:
-    """The encoder and the decoder of an encoder-decoder; empty for any other model."""
-    if not getattr(getattr(core.module, "config", None), "is_encoder_decoder", False):
-        return {}
-    found = {name: _getter(core.module, f"get_{name}") for name in ("decoder", "encoder")}
-    # the getters fall back on the model itself where it has no such part
-    return {name: coder for name, coder in found.items() if coder is not None and coder is not core.module}
-
-
-def _embeddings(core: Part, lists: list[Part]) -> Part | None:
-    module = _getter(core.module, "get_input_embeddings")
+def _embeddings(core: Place, lists: list[Place]) -> Place | None:
+    module = getter(core.module, "get_input_embeddings")
     if module is None:
-        outside = (part for part in walk(core.module) if not any(_holds(x.module, part.module) for x in lists))
+        outside = (part for part in walk(core.module) if not any(holds(x.module, part.module) for x in lists))
         module = next((part.module for part in outside if isinstance(part.module, nn.Embedding)), None)
     return _part(core, module)
 
 
-def _head(core: Part, lists: list[Part]) -> Part | None:
+def _head(core: Place, lists: list[Place]) -> Place | None:
     """The output embedding, else the last projection outside of the backbone (a classifier), or after the blocks."""
     module = _output_embeddings(core.module)
     if module is not None:
         return _part(core, module)
     base = getattr(core.module, "base_model", None)
-    if base is core.module:
+    if base is core.module and getattr(base, "loss_type", None) is None:
         return None  # a backbone ends in hidden states
     behind = list(walk(core.module, core.path))
-    if isinstance(base, nn.Module):
+    if isinstance(base, nn.Module) and base is not core.module:
         inside = {id(module) for module in base.modules()}
         behind = [part for part in behind if id(part.module) not in inside]
     else:
@@ -370,7 +330,7 @@ def _head(core: Part, lists: list[Part]) -> Part | None:
     return next((part for part in reversed(behind) if width(part.module)), None)
 
 
-def _tied(embeddings: Part | None, head: Part | None) -> bool:
+def _tied(embeddings: Place | None, head: Place | None) -> bool:
     if embeddings is None or head is None:
         return False
     first, second = (_innermost(part.module) for part in (embeddings, head))
@@ -384,35 +344,10 @@ def _innermost(module: nn.Module) -> nn.Module:
     return _innermost(inner) if isinstance(inner, nn.Module) else module
 
 
-def _part(core: Part, module: Any) -> Part | None:
+def _part(core: Place, module: Any) -> Place | None:
     path = path_of(core.module, module) if isinstance(module, nn.Module) else None
-    return None if path is None else Part(join(core.path, path), module)
+    return None if path is None else Place(join(core.path, path), module)
 
 
 def _output_embeddings(core: nn.Module) -> nn.Module | None:
-    return _getter(core, "get_output_embeddings")
-
-
-def _getter(core: nn.Module, name: str, **options: Any) -> nn.Module | None:
-    """What one of the public getters of a transformers model returns; None where it has nothing to return."""
-    getter = getattr(core, name, None)
-    if not callable(getter):
-        return None
-    try:
-        found = getter(**options)
-    except (NotImplementedError, AttributeError, TypeError):
-        return None  # transformers itself has no answer for this model, or an older signature
-    return found if isinstance(found, nn.Module) else None
-
-
-def _can_generate(core: nn.Module) -> bool:
-    able = getattr(core, "can_generate", None)
-    return bool(able()) if callable(able) else False
-
-
-def _holds(outer: nn.Module, inner: nn.Module) -> bool:
-    return any(module is inner for module in _modules(outer))
-
-
-def _modules(module: nn.Module) -> Iterator[nn.Module]:
-    yield from module.modules()
+    return getter(core, "get_output_embeddings")
