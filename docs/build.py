@@ -116,14 +116,14 @@ def evidence(entry: Entry) -> str:
     return "\n".join(lines) + "\n"
 
 
-def read(slug: str):  # noqa: ANN201
+def read(slug: str):
     from salience.claims.harness import load_evidence
 
     path = EVIDENCE / f"{slug}.json"
     return load_evidence(path) if path.is_file() else None
 
 
-def numbers(judged) -> str:  # noqa: ANN001
+def numbers(judged) -> str:
     kind = "ratio " if judged.statement["ratio"] else ""
     return f"{kind}{judged.mean:.3g}, 95 % [{judged.low:.3g}, {judged.high:.3g}]"
 

@@ -1,6 +1,8 @@
 """Fixtures that many tests share: tiny models made from config classes, no downloads, no network."""
 
+import json
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -144,3 +146,58 @@ def tiny_trainer(folder, model=None, samples=None, cls=None, callbacks=None, **s
 def losses_of(trainer):
     """The logged training losses."""
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+WORDS = "the a cat dog sits runs on under mat tree and then it was big small ? . 0 1 2 3".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A folder that from_pretrained loads: a tiny Llama and a word tokenizer made in place."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *WORDS, "Question", "Answer"]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    tiny_llama(layers=2, vocab=64).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Forty prompts with completions as a .jsonl file."""
+    generator = torch.Generator().manual_seed(1)
+    lines = []
+    for _ in range(40):
+        picked = [WORDS[i] for i in torch.randint(0, len(WORDS), (8,), generator=generator).tolist()]
+        lines.append(json.dumps({"prompt": " ".join(picked[:4]), "completion": " " + " ".join(picked[4:])}))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, tmp_path):
+    """Run `salience ...`: gives exit code, standard output and standard error."""
+    from salience.cli import main
+
+    monkeypatch.setenv("SALIENCE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["salience", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

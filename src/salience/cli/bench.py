@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 def bench(
     method: Annotated[str | None, typer.Argument(help="The method whose claim to rerun.")] = None,
     every: Annotated[bool, typer.Option("--all", help="All methods, one after the other.")] = False,
-    seeds: Annotated[int | None, typer.Option(help="How many seeds (at least 2); default: the claim's own.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="How many seeds (at least 2); default: the claim's own.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for the results as JSON.")] = Path("evidence"),
 ) -> None:

@@ -8,8 +8,12 @@ import typer
 
 
 def methods(
-    unit: Annotated[str | None, typer.Option(help="Only methods that score this unit: layer, token, ...")] = None,
-    job: Annotated[str | None, typer.Option(help="Only methods for this job: tune, shrink, select, ...")] = None,
+    unit: Annotated[
+        str | None, typer.Option(help="Only methods that score this unit: layer, token, ...")
+    ] = None,
+    job: Annotated[
+        str | None, typer.Option(help="Only methods for this job: tune, shrink, select, ...")
+    ] = None,
     search: Annotated[
         str | None, typer.Option(help="Only methods in whose name, title or summary all these words occur.")
     ] = None,

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 
-def show(slug: Annotated[str, typer.Argument(help="The method's name, as `salience methods` lists it.")]) -> None:
+def show(
+    slug: Annotated[str, typer.Argument(help="The method's name, as `salience methods` lists it.")],
+) -> None:
     """Show one method: parameters, paper, how it differs from the official code, and how to use it."""
     import dataclasses
     import inspect
@@ -22,7 +24,9 @@ def show(slug: Annotated[str, typer.Argument(help="The method's name, as `salien
     cls = load(entry.slug)
     console = Console()
     console.print(f"[bold]{entry.name}[/bold]  {entry.title}  arXiv {entry.arxiv}", highlight=False)
-    console.print(f"scores each {entry.unit}, spends: {entry.spends}; job: {entry.job}; on: {', '.join(entry.targets)}")
+    console.print(
+        f"scores each {entry.unit}, spends: {entry.spends}; job: {entry.job}; on: {', '.join(entry.targets)}"
+    )
     console.print()
     console.print(inspect.cleandoc(sys.modules[cls.__module__].__doc__ or ""), highlight=False, markup=False)
     table = Table(box=None, pad_edge=False, header_style="bold", title="Parameters", title_justify="left")
@@ -49,7 +53,13 @@ def _attributes(text: str) -> dict[str, str]:
     for line in text.splitlines():
         if line.strip() == "Attributes:":
             inside = True
-        elif inside and line.startswith("    ") and not line.startswith("     ") and "(" in line and ":" in line:
+        elif (
+            inside
+            and line.startswith("    ")
+            and not line.startswith("     ")
+            and "(" in line
+            and ":" in line
+        ):
             name, _, meaning = line.strip().partition(":")
             name = name.partition(" ")[0]
             found[name] = meaning.strip()

@@ -17,30 +17,41 @@ def tune(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="A .jsonl, .txt or .parquet file or a datasets name. Without it: sandbox instructions."),
+        typer.Option(
+            help="A .jsonl, .txt or .parquet file or a datasets name. Without it: sandbox instructions."
+        ),
     ] = None,
     test_data: Annotated[str | None, typer.Option(help="Held-out data; otherwise 5 % are held out.")] = None,
     column: Annotated[
         list[str] | None, typer.Option(help="Map a column: prompt=instruction. May be repeated.")
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="SLUG[:key=value,...], for example ist:active_layers=4. May be repeated.")
+        list[str] | None,
+        typer.Option(help="SLUG[:key=value,...], for example ist:active_layers=4. May be repeated."),
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML or JSON file with these options; options win.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML or JSON file with these options; options win.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Run folder. The same command goes on where it stopped.")] = Path(
         "runs/tune"
     ),
     adapter: Annotated[str | None, typer.Option(help="lora, or none to train all weights.")] = None,
     rank: Annotated[int | None, typer.Option(help="LoRA rank [default: 8].")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate; the default depends on the model.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak rate; the default depends on the model.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; otherwise --epochs decides.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data [default: 1].")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples of a micro-batch [default: 16].")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Micro-batches of a step [default: 1].")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest sample in tokens [default: 512].")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest sample in tokens [default: the model's positions].")
+    ] = None,
     truncate: Annotated[bool | None, typer.Option("--truncate", help="Cut longer samples.")] = None,
     eval_samples: Annotated[int | None, typer.Option(help="Held-out samples scored [default: 200].")] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between resumable states [default: 50].")] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between resumable states [default: 50].")
+    ] = None,
     baseline: Annotated[
         bool | None, typer.Option("--baseline/--no-baseline", help="Also run without methods [default: yes].")
     ] = None,
@@ -91,6 +102,7 @@ def _columns(pairs: list[str] | None) -> dict[str, str] | None:
 
 def _run(recipe: Any, out: Path) -> None:
     import signal
+    import warnings
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -101,6 +113,8 @@ def _run(recipe: Any, out: Path) -> None:
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        # what transformers says to its own developers
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         from salience.hosts.tuning import Stopped
         from salience.jobs.tune import tune as run
 

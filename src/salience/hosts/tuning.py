@@ -153,7 +153,7 @@ def run_arm(
     if trainer.state.global_step < task.steps:
         raise Stopped(arm.name, trainer.state.global_step, task.steps)
     result = _measure(arm, task, trainer, tokenizer, handle, meters)
-    _store(handle, arm, home)
+    _store(handle, arm, home, tokenizer)
     if handle is not None:
         handle.undo()
     _save_weights(model, tokenizer, home / "model", lora=task.lora is not None)
@@ -161,6 +161,21 @@ def run_arm(
     for checkpoint in home.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return result
+
+
+def check_arm(arm: Arm, task: Task, folder: Path) -> None:
+    """Attach the arm's methods to the model and take them off again, so that what cannot work is refused at once.
+
+    Raises:
+        SalienceError: what `focus` says.
+    """
+    if not arm.methods:
+        return
+    model, _ = task.make()
+    if task.lora is not None:
+        model = _with_lora(model, task.lora, arm.methods)
+    trainer, _ = _trainer(arm, task, model, folder, folder, lambda *_: None, lambda: False)
+    focus(trainer, arm.methods).undo()
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the user asked for it
@@ -309,7 +324,7 @@ def _measure(
     }
 
 
-def _store(handle: Focus | None, arm: Arm, home: Path) -> None:
+def _store(handle: Focus | None, arm: Arm, home: Path, tokenizer: Any) -> None:
     """Write what the report draws: score histories and token heat."""
     if handle is None:
         return
@@ -323,10 +338,22 @@ def _store(handle: Focus | None, arm: Arm, home: Path) -> None:
                 for key, value in history.state().items():
                     histories[f"{arm.name}/{method.slug()}/{name}/{key}"] = value.contiguous()
         for heat in getattr(part, "heat", []):
-            tokens.append({"arm": arm.name, "slug": method.slug(), **heat})
+            tokens.append({"arm": arm.name, "slug": method.slug(), **_readable(heat, tokenizer)})
     if histories:
         save_file(histories, str(home / "scores.safetensors"))
     write_json_atomic(home / "tokens.json", tokens)
+
+
+def _readable(heat: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Token ids as text, and scores only where a token could be chosen."""
+    scores = [score if could else None for score, could in zip(heat["scores"], heat["response"])]
+    return {
+        "title": f"a sample of step {heat['step']}",
+        "tokens": [tokenizer.decode([token]) for token in heat["tokens"]],
+        "prompt": heat["prompt"],
+        "score": scores,
+        "kept": heat["kept"],
+    }
 
 
 def _save_weights(model: Any, tokenizer: Any, folder: Path, *, lora: bool) -> None:

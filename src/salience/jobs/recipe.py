@@ -33,7 +33,7 @@ class TuneRecipe(BaseModel):
         epochs (float): passes over the data.
         batch_size (int): samples of a micro-batch on one device.
         accumulation (int): micro-batches of an optimizer step.
-        max_length (int): longest sample in tokens.
+        max_length (int | None): longest sample in tokens; None is what the model has positions for.
         truncate (bool): cut longer samples instead of refusing them.
         eval_samples (int): held-out samples that are scored.
         save_every (int): optimizer steps between resumable states.
@@ -59,7 +59,7 @@ class TuneRecipe(BaseModel):
     epochs: float = Field(default=1.0, gt=0)
     batch_size: int = Field(default=16, ge=1)
     accumulation: int = Field(default=1, ge=1)
-    max_length: int = Field(default=512, ge=2)
+    max_length: int | None = Field(default=None, ge=2)
     truncate: bool = False
     eval_samples: int = Field(default=200, ge=1)
     save_every: int = Field(default=50, ge=1)

@@ -14,7 +14,7 @@ from salience.core.files import check_writable, write_json_atomic
 from salience.core.method import Method
 from salience.core.spec import describe_method, parse_method
 from salience.hosts import checkpoints, data
-from salience.hosts.tuning import Arm, Progress, Score, Task, check_folder, run_arm
+from salience.hosts.tuning import Arm, Progress, Score, Task, check_arm, check_folder, run_arm
 from salience.jobs.recipe import TuneRecipe
 
 # what the claims recommend for the sandbox's instructions (see docs/tune.md)
@@ -65,10 +65,14 @@ def tune(
     device = checkpoints.check_device(recipe.device)
     _refuse(recipe, methods)
     check_writable(out)
-    source = _sandbox(recipe, say) if recipe.model is None and recipe.data is None else _given(recipe, device, say)
-    check_folder(out, {**recipe.model_dump(), "methods": [describe_method(method) for method in methods]})
+    source = (
+        _sandbox(recipe, say) if recipe.model is None and recipe.data is None else _given(recipe, device, say)
+    )
     task = _task(recipe, source, str(device))
     arms = _arms(recipe, methods)
+    for arm in arms:
+        check_arm(arm, task, out)
+    check_folder(out, {**recipe.model_dump(), "methods": [describe_method(method) for method in methods]})
     results = {}
     for arm in arms:
         say(f"tuning: {arm.label}")
@@ -105,7 +109,9 @@ def _refuse(recipe: TuneRecipe, methods: list[Method]) -> None:
         if "peft" in method.needs and recipe.adapter == "none":
             raise ConflictError(f"adapter must be lora for {method.slug()}, got none")
         if "full" in method.needs and recipe.adapter == "lora":
-            raise ConflictError(f"adapter must be none for {method.slug()} (it trains whole layers), got lora")
+            raise ConflictError(
+                f"adapter must be none for {method.slug()} (it trains whole layers), got lora"
+            )
 
 
 def _arms(recipe: TuneRecipe, methods: list[Method]) -> list[Arm]:
@@ -114,7 +120,9 @@ def _arms(recipe: TuneRecipe, methods: list[Method]) -> list[Arm]:
     arms = [Arm(name, plain)] if recipe.baseline or not methods else []
     if methods:
         together = " + ".join(type(method).__name__ for method in methods)
-        arms.append(Arm(f"{name}-{'-'.join(m.slug() for m in methods)}", f"{plain} with {together}", tuple(methods)))
+        arms.append(
+            Arm(f"{name}-{'-'.join(m.slug() for m in methods)}", f"{plain} with {together}", tuple(methods))
+        )
     return arms
 
 
@@ -174,7 +182,9 @@ def _sandbox(recipe: TuneRecipe, say: Callable[[str], None]) -> _Source:
         train=_columns(world.encoded()),
         test=_columns(world.encoded(test)),
         score=score,
-        model=_about_model(model, "the sandbox model", "trained in place on Python's own sources and simple tasks"),
+        model=_about_model(
+            model, "the sandbox model", "trained in place on Python's own sources and simple tasks"
+        ),
         data={
             "name": "the sandbox's instructions",
             "train": len(world.train),
@@ -207,20 +217,27 @@ def _given(recipe: TuneRecipe, device: Any, say: Callable[[str], None]) -> _Sour
     model, tokenizer = make()
     checkpoints.check_tokenizer(model, tokenizer)
     length = checkpoints.check_positions(model, recipe.max_length)
-    held_out = data.load_rows(recipe.test_data, columns=recipe.columns) if recipe.test_data else None
-    if held_out is None:
-        rows, held_out = _split(rows, recipe)
-    held_out = held_out.select(range(min(recipe.eval_samples, len(held_out))))
-    say(f"reading {len(rows)} training and {len(held_out)} held-out samples")
-    train = data.tokenize(rows, tokenizer, max_length=length, truncate=recipe.truncate)
-    test = data.tokenize(held_out, tokenizer, max_length=length, truncate=recipe.truncate)
+    settings: dict[str, Any] = {"max_length": length, "truncate": recipe.truncate}
+    say(f"reading {len(rows)} samples")
+    train = data.tokenize(rows, tokenizer, **settings)
+    if recipe.test_data:
+        held_out = data.load_rows(recipe.test_data, columns=recipe.columns, name="test_data")
+        test = data.tokenize(held_out, tokenizer, name="test_data", **settings)
+        test = test.select(range(min(recipe.eval_samples, len(test))))
+    else:
+        train, test = _split(train, recipe)
     return _Source(
         make=make,
         train=_columns(train),
         test=_columns(test),
         score=None,
         model=_about_model(model, name, recipe.model or ""),
-        data={"name": Path(recipe.data).name, "train": len(rows), "test": len(held_out), "description": recipe.data},
+        data={
+            "name": Path(recipe.data).name,
+            "train": len(train),
+            "test": len(test),
+            "description": recipe.data,
+        },
         quality={"name": "held-out loss", "higher_is_better": False, "unit": "nats/token"},
         tokenizer=tokenizer,
     )

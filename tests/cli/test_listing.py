@@ -1,0 +1,31 @@
+"""`salience methods`, `salience show`, help and version."""
+
+from salience.core.registry import entries
+
+
+def test_methods_lists_filters_and_searches(cli):
+    code, out, _ = cli("methods")
+    assert code == 0 and all(slug in out for slug in entries())
+    _, out, _ = cli("methods", "--unit", "token")
+    assert "sstoken" in out and "lisa" not in out
+    _, out, _ = cli("methods", "--search", "activation density")
+    assert "deft" in out and "ist " not in out
+    _, out, _ = cli("methods", "--search", "nothing like this")
+    assert "no method matches" in out
+
+
+def test_show_has_parameters_paper_and_use(cli):
+    for slug, entry in entries().items():
+        code, out, _ = cli("show", slug)
+        assert code == 0 and entry.arxiv in out and "Parameters" in out and f"sal.{entry.name}()" in out
+        assert "Differs from the official code in" in out or "official code" in out
+
+
+def test_help_teaches(cli):
+    code, out, _ = cli("--help")
+    assert code == 0 and "tune" in out and "bench" in out and "methods" in out
+    for command in ("tune", "bench", "methods"):
+        code, out, _ = cli(command, "--help")
+        assert code == 0 and "Examples" in out
+    code, out, _ = cli("--version")
+    assert code == 0 and out.startswith("salience ")
