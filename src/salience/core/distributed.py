@@ -58,14 +58,17 @@ def broadcast(value: Tensor) -> Tensor:
 
 
 def prepare_sharded(model: nn.Module) -> None:
-    """Let FSDP2 look at the parameters while all of them train; does nothing without FSDP2.
+    """Let FSDP2 look at the parameters while all of them train; does nothing to a model that it does not shard.
 
     FSDP2 settles the dtype of a group's gradients at the first forward pass, from the parameters that train then: a
     block that is frozen at that moment gets gradients of the wrong dtype when it is trained later, and torch refuses
     them. There is no public call for this; a forward pass does the same and needs a batch.
     """
-    for module in _sharded(model):
-        module._get_fsdp_state()._lazy_init()
+    sharded = _sharded(model)
+    # only the outermost sharded module may be asked, and inside of a larger one it is not known which that is
+    outermost = bool(sharded) and sharded[0] is model
+    if outermost:
+        sharded[0]._get_fsdp_state()._lazy_init()
 
 
 def reshard(model: nn.Module) -> None:

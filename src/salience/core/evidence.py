@@ -69,7 +69,8 @@ def saved_for_backward() -> Iterator[dict[str, int]]:
     counted = {"bytes": 0}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
+        # a frozen linear layer keeps its transposed weight, which is a view of the parameter and costs nothing
+        if not isinstance(tensor if tensor._base is None else tensor._base, torch.nn.Parameter):
             storage = tensor.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor

@@ -78,7 +78,7 @@ class Loop:
         self.record = record if record is not None else Attachment()
         self.step = 0
         self.total_steps: int | None = None
-        self._call = call or model
+        self._call = model if call is None else call
         self._named = dict(model.named_parameters())
         self._user_trains = {name for name, p in self._named.items() if p.requires_grad}
         self._now_trains = set(self._user_trains)

@@ -19,8 +19,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model itself, out of DistributedDataParallel, torch.compile and PEFT, in any order of nesting."""
     while True:
         children = dict(model.named_children())
-        if callable(getattr(model, "get_base_model", None)):
-            model = model.get_base_model()
+        base = getattr(model, "get_base_model", None)
+        if callable(base):
+            model = base()
         elif children.keys() == {"module"} or children.keys() == {"_orig_mod"}:
             model = next(iter(children.values()))
         else:

@@ -24,6 +24,7 @@ from salience.core.evidence import saved_for_backward
 from salience.core.files import write_json_atomic, write_text_atomic
 from salience.core.method import Method
 from salience.core.part import gradient_bytes, optimizer_bytes, parameter_bytes
+from salience.core.spec import describe_method
 from salience.hosts.resume import ResumableTrainer, last_checkpoint, seal
 from salience.verb import Focus, focus
 
@@ -305,7 +306,7 @@ def _measure(
     spent = handle.spent if handle is not None else {}
     return {
         "label": arm.label,
-        "methods": [repr(method) for method in arm.methods],
+        "methods": [describe_method(method) for method in arm.methods],
         "slugs": [method.slug() for method in arm.methods],
         "quality": scores.get("overall", eval_loss),
         "quality_by_task": {name: value for name, value in scores.items() if name != "overall"},

@@ -35,6 +35,7 @@ class _Source:
     data: dict[str, Any]
     quality: dict[str, Any]
     tokenizer: Any
+    task_type: str | None = None
 
 
 def tune(
@@ -153,15 +154,20 @@ def _task(recipe: TuneRecipe, source: _Source, device: str) -> Task:
             "use_cpu": device == "cpu",
             "bf16": device != "cpu" and recipe.dtype != "float32",
         },
-        lora=_lora(recipe) if recipe.adapter == "lora" else None,
+        lora=_lora(recipe, source.task_type) if recipe.adapter == "lora" else None,
         seed=recipe.seed,
         save_every=recipe.save_every,
     )
 
 
-def _lora(recipe: TuneRecipe) -> dict[str, Any]:
-    alpha = recipe.alpha or 2 * recipe.rank
-    return {"r": recipe.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "target_modules": "all-linear"}
+def _lora(recipe: TuneRecipe, task_type: str | None) -> dict[str, Any]:
+    return {
+        "r": recipe.rank,
+        "lora_alpha": recipe.alpha or 2 * recipe.rank,
+        "lora_dropout": 0.0,
+        "target_modules": "all-linear",
+        "task_type": task_type,  # a new classification head trains with its adapter
+    }
 
 
 def _sandbox(recipe: TuneRecipe, say: Callable[[str], None]) -> _Source:
@@ -198,6 +204,9 @@ def _sandbox(recipe: TuneRecipe, say: Callable[[str], None]) -> _Source:
 
 def _given(recipe: TuneRecipe, device: Any, say: Callable[[str], None]) -> _Source:
     """A user's model, data, or both; everything is checked before the first step."""
+    if recipe.data is None:
+        raise ParameterError("data must be given together with model, got none: --data FILE_OR_DATASET")
+    rows = data.load_rows(recipe.data, columns=recipe.columns)
     if recipe.model is None:
         from salience.sandbox.text import text_world
 
@@ -206,14 +215,14 @@ def _given(recipe: TuneRecipe, device: Any, say: Callable[[str], None]) -> _Sour
         make, name = (lambda: (world.model(), world.tokenizer())), "the sandbox model"
     else:
         source, name = recipe.model, Path(recipe.model).name
+        kind: dict[str, Any] = {}
+        if "label" in rows.column_names:
+            kind = {"kind": "sequence", "num_labels": rows.features["label"].num_classes}
         say(f"loading {name}")
 
         def make() -> tuple[Any, Any]:
-            return checkpoints.load_model(source, dtype=recipe.dtype, device=device)
+            return checkpoints.load_model(source, dtype=recipe.dtype, device=device, **kind)
 
-    if recipe.data is None:
-        raise ParameterError("data must be given together with model, got none: --data FILE_OR_DATASET")
-    rows = data.load_rows(recipe.data, columns=recipe.columns)
     model, tokenizer = make()
     checkpoints.check_tokenizer(model, tokenizer)
     length = checkpoints.check_positions(model, recipe.max_length)
@@ -226,11 +235,13 @@ def _given(recipe: TuneRecipe, device: Any, say: Callable[[str], None]) -> _Sour
         test = test.select(range(min(recipe.eval_samples, len(test))))
     else:
         train, test = _split(train, recipe)
+    classifies = "label" in rows.column_names
+    test = _columns(test)
     return _Source(
         make=make,
         train=_columns(train),
-        test=_columns(test),
-        score=None,
+        test=test,
+        score=(lambda model, _: _accuracy(model, test, data.Collator(tokenizer))) if classifies else None,
         model=_about_model(model, name, recipe.model or ""),
         data={
             "name": Path(recipe.data).name,
@@ -238,9 +249,24 @@ def _given(recipe: TuneRecipe, device: Any, say: Callable[[str], None]) -> _Sour
             "test": len(test),
             "description": recipe.data,
         },
-        quality={"name": "held-out loss", "higher_is_better": False, "unit": "nats/token"},
+        quality={"name": "accuracy", "higher_is_better": True, "unit": "%"}
+        if classifies
+        else {"name": "held-out loss", "higher_is_better": False, "unit": "nats/token"},
         tokenizer=tokenizer,
+        task_type="SEQ_CLS" if classifies else None,
     )
+
+
+def _accuracy(model: Any, rows: Any, collate: Any) -> dict[str, float]:
+    import torch
+
+    right = 0
+    for start in range(0, len(rows), 64):
+        batch = collate([rows[index] for index in range(start, min(start + 64, len(rows)))])
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        with torch.no_grad():
+            right += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
+    return {"overall": 100.0 * right / len(rows)}
 
 
 def _split(rows: Any, recipe: TuneRecipe) -> tuple[Any, Any]:
