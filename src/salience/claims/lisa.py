@@ -98,7 +98,7 @@ EXPERIMENT = Experiment(
     rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     tuned_on="accuracy",
     seeds=8,
-    notes="The shift sits in the input, so two fixed low blocks are a strong control. Ten classes make embedding and "
-    "head small here; with a vocabulary of 128,000 they are most of what LISA trains, and its memory is above "
-    "LoRA's unless they are drawn too.",
+    notes="The shift sits in the input, so embedding and head alone and two fixed low blocks are strong controls. "
+    "Ten classes make embedding and head small here; with a vocabulary of 128,000 they are most of what LISA trains, "
+    "and its memory is above LoRA's unless they are drawn too.",
 )  # fmt: skip

@@ -269,8 +269,11 @@ class Loop:
                 self.optimizer.state.pop(self._named[name], None)
 
     def state(self) -> dict[str, State]:
-        """State of every part, keyed by its place in the list and its class."""
-        return {f"{i}.{type(part).__name__}": part.state() for i, part in enumerate(self.parts)}
+        """State of every part with its histories, keyed by the part's place in the list and its class."""
+        return {
+            f"{i}.{type(part).__name__}": part.state() | _history_state(part)
+            for i, part in enumerate(self.parts)
+        }
 
     def load_state(self, states: Mapping[str, State]) -> None:
         """Restore what `state` returned.
@@ -282,7 +285,8 @@ class Loop:
         if list(states) != expected:
             raise ParameterError(f"methods must be those of the stored run {list(states)}, got {expected}")
         for part, state in zip(self.parts, states.values()):
-            part.load_state(state)
+            rows = _load_histories(part, state)
+            part.load_state({name: value for name, value in state.items() if name not in rows})
 
     # --- inside ----------------------------------------------------------------------------------------------
 
@@ -350,6 +354,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _history_state(part: Part) -> State:
+    return {
+        f"history/{name}/{key}": value
+        for name, history in part.histories.items()
+        for key, value in history.state().items()
+    }
+
+
+def _load_histories(part: Part, state: State) -> set[str]:
+    """Give the part's histories their rows back; the names of the entries that were theirs."""
+    for name, history in part.histories.items():
+        start = f"history/{name}/"
+        rows = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+        history.load({k: v for k, v in rows.items() if isinstance(v, Tensor)})
+    return {name for name in state if name.startswith("history/")}
 
 
 def _checked(part: Part, weights: Tensor, shape: torch.Size) -> Tensor:

@@ -127,7 +127,10 @@ class Part:
         return {}
 
     def state(self) -> State:
-        """What a resumed run needs to go on exactly where this one is: tensors, numbers and words."""
+        """What a resumed run needs to go on exactly where this one is: tensors, numbers and words.
+
+        Histories are kept by the loop and need not be in it.
+        """
         return {}
 
     def load_state(self, state: State) -> None:

@@ -27,8 +27,8 @@ class TuneRecipe(BaseModel):
         adapter (str): "lora" or "none" (all weights train).
         rank (int): of LoRA.
         alpha (int | None): LoRA's scaling numerator; None is twice the rank (the rank with ALLoRA).
-        learning_rate (float | None): None chooses 2e-3 for LoRA on the sandbox, 2e-4 on others' models, 2e-5
-            without an adapter.
+        learning_rate (float | None): None chooses 5e-3 for LoRA on the sandbox model (1e-2 on the quick
+            one), 2e-4 on others' models, and a tenth of that without an adapter.
         steps (int | None): optimizer steps; None means `epochs`.
         epochs (float): passes over the data.
         batch_size (int): samples of a micro-batch on one device.

@@ -37,7 +37,7 @@ from salience.core.errors import ConflictError, StructureError, require
 from salience.core.loop import Loop
 from salience.core.losses import IGNORE
 from salience.core.method import Method
-from salience.core.part import Batch, Part, Site, State
+from salience.core.part import Batch, Part, Site
 from salience.core.scores import History
 from salience.hosts.transformers import activation_modules, unwrap
 
@@ -315,12 +315,6 @@ class _Penalty(_Watch):
     def end(self, loop: Loop) -> None:
         self._in_step = self._again = False
         self._values = []
-
-    def state(self) -> State:
-        return {f"history.{name}": value for name, value in self._history.state().items()}
-
-    def load_state(self, state: State) -> None:
-        self._history.load({k.removeprefix("history."): v for k, v in state.items() if isinstance(v, Tensor)})
 
     def spent(self) -> dict[str, Any]:
         rows = self._history.rows

@@ -294,14 +294,12 @@ class _Importance(Part):
         }
 
     def state(self) -> State:
-        history = self.histories["importance"].state() if self.histories else {}
         return {
             "score": self._score,
             "active": self._active,
             "generator": self._random.get_state(),
             "updates": self._updates,
             "skipped": self._skipped,
-            **{f"history.{name}": value for name, value in history.items()},
         }
 
     def load_state(self, state: State) -> None:
@@ -309,10 +307,6 @@ class _Importance(Part):
         self._score, self._active = tensors["score"], tensors["active"]
         self._random.set_state(tensors["generator"])
         self._updates, self._skipped = int(state["updates"]), int(state["skipped"])
-        for history in self.histories.values():
-            history.load(
-                {k.removeprefix("history."): v for k, v in tensors.items() if k.startswith("history.")}
-            )
 
 
 def _sizes(method: IST, total: int) -> tuple[int, int]:

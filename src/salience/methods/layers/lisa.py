@@ -231,22 +231,13 @@ class Sampling(Part):
 
     def state(self) -> State:
         active = torch.empty(0, dtype=torch.int64) if self._active is None else self._active
-        history = {f"history.{name}": value for name, value in self.histories["trained"].state().items()}
         return {
             "drawn": self._active is not None,
             "active": active,
             "generator": self._random.get_state(),
-            **history,
         }
 
     def load_state(self, state: State) -> None:
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         self._active = tensors["active"] if state["drawn"] else None
         self._random.set_state(tensors["generator"])
-        self.histories["trained"].load(
-            {
-                name.removeprefix("history."): value
-                for name, value in tensors.items()
-                if name.startswith("history.")
-            }
-        )

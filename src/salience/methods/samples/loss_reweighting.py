@@ -30,7 +30,7 @@ from salience.core.errors import TrainingError, require
 from salience.core.loop import Loop
 from salience.core.losses import sample_losses
 from salience.core.method import Method
-from salience.core.part import Batch, Part, Site, State
+from salience.core.part import Batch, Part, Site
 from salience.core.scores import History
 
 Strategy = Literal["linupper", "quadratic", "extremes", "uniform"]
@@ -188,9 +188,3 @@ class _Reweighting(Part):
             return {}
         effective = float(1 / self._newest.square().sum()) if bool(self._newest.any()) else 0.0
         return {"samples in the batch": len(self._newest), "effective samples": round(effective, 2)}
-
-    def state(self) -> State:
-        return {f"history.{name}": value for name, value in self._largest.state().items()}
-
-    def load_state(self, state: State) -> None:
-        self._largest.load({k.removeprefix("history."): v for k, v in state.items() if isinstance(v, Tensor)})

@@ -292,7 +292,6 @@ class _Selection(Part):
             "tenths": self._tenths.clone(),
         }
         state |= {"clean passes": self._clean_passes, "passes": source.passes if source is not None else 0}
-        state |= {f"shares.{name}": value for name, value in self._shares.state().items()}
         if source is not None:
             state |= {f"source.{name}": value for name, value in source.state().items()}
         return state
@@ -301,7 +300,6 @@ class _Selection(Part):
         values: dict[str, Any] = dict(state)
         self._seen, self._kept, self._total = values["seen"], values["kept"], values["total"]
         self._clean_passes, self._tenths = values["clean passes"], values["tenths"].clone()
-        self._shares.load(_under("shares.", values))
         if self._source is not None:
             self._source.passes = values["passes"]
             self._source.load_state(_under("source.", values))
@@ -315,8 +313,7 @@ def _source_of(method: SsToken, site: Site) -> HistorySource | None:
     """
     if method.mix == 0:
         return None
-    if method.history == "ema":
-        assert method.ema_decay is not None
+    if method.history == "ema" and method.ema_decay is not None:
         return MovingAverage(method.ema_decay)
     if method.history != "base":
         read = HistoryLosses.load(method.history)

@@ -31,7 +31,7 @@ from salience.core.attach import Attachment
 from salience.core.errors import ConflictError, StructureError, require
 from salience.core.loop import Loop
 from salience.core.method import Method
-from salience.core.part import Part, Site, State
+from salience.core.part import Part, Site
 from salience.core.scores import History
 from salience.hosts._parts import width
 
@@ -252,12 +252,6 @@ class _Scaling(Part):
             "mean factor": round(float(every.mean()), 4),
             "smallest factor": round(float(every.min()), 4),
         }
-
-    def state(self) -> State:
-        return {f"history.{name}": value for name, value in self._means.state().items()}
-
-    def load_state(self, state: State) -> None:
-        self._means.load({k.removeprefix("history."): v for k, v in state.items() if isinstance(v, Tensor)})
 
     def _row_norms(self) -> list[Tensor]:
         """Of each adapter, on the CPU."""
