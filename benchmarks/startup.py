@@ -1,6 +1,6 @@
 """Start-up: `import salience` and `salience --help`, whole processes, median of 15 after one warm-up.
 
-    python benchmarks/startup.py
+python benchmarks/startup.py
 """
 
 import statistics

@@ -65,7 +65,11 @@ class Arm:
     def __init__(self, lora, method, device):
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=16_000, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=4
+            vocab_size=16_000,
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=8,
+            num_attention_heads=4,
         )
         model = LlamaForCausalLM(config).to(device)
         if lora:
@@ -123,7 +127,9 @@ class Arm:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
@@ -153,7 +159,9 @@ def main():
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         command = f"python benchmarks/tuning.py --steps {args.steps} --device {args.device}"
-        args.out.write_text(json.dumps({"command": command, "about": about(args.device), "arms": rows}, indent=1))
+        args.out.write_text(
+            json.dumps({"command": command, "about": about(args.device), "arms": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

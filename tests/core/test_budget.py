@@ -11,8 +11,18 @@ from salience.core.errors import ParameterError
 
 @pytest.mark.parametrize(
     "keep, total, expected",
-    [(0.6, 5, 3), (0.6, 6, 4), (1.0, 7, 7), (0.0, 7, 0), (0.1, 10, 1), (0.3, 10, 3), (1e-9, 10, 1), (4, 10, 4), (40, 10, 10)],
-)  # fmt: skip
+    [
+        (0.6, 5, 3),
+        (0.6, 6, 4),
+        (1.0, 7, 7),
+        (0.0, 7, 0),
+        (0.1, 10, 1),
+        (0.3, 10, 3),
+        (1e-9, 10, 1),
+        (4, 10, 4),
+        (40, 10, 10),
+    ],
+)
 def test_count_is_exact(keep, total, expected):
     assert count(keep, total) == expected
 
@@ -43,6 +53,10 @@ def test_top_mask_takes_each_rows_own_count_among_the_allowed():
     scores = torch.tensor([[3.0, 3.0, 1.0, 9.0], [5.0, 1.0, 5.0, 5.0], [-math.inf, -math.inf, 0.0, 0.0]])
     among = torch.tensor([[True, True, True, False], [True, True, True, True], [True, True, False, False]])
     mask = top_mask(scores, torch.tensor([2, 3, 1]), among)
-    assert mask.tolist() == [[True, True, False, False], [True, False, True, True], [True, False, False, False]]
+    assert mask.tolist() == [
+        [True, True, False, False],
+        [True, False, True, True],
+        [True, False, False, False],
+    ]
     assert not top_mask(scores, torch.tensor([0, 0, 0]), among).any()
     assert torch.equal(top_mask(scores, torch.tensor([9, 9, 9]), among), among)

@@ -26,7 +26,12 @@ def launch(worker, *arguments, ranks=1):
     """Run a worker script as one process or as several under torchrun."""
     command = [sys.executable]
     if ranks > 1:
-        command += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+        command += [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc-per-node={ranks}",
+            f"--master-port={free_port()}",
+        ]
     command += [str(WORKERS / worker), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
@@ -35,7 +40,12 @@ def launch(worker, *arguments, ranks=1):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    ways = {"whole": (8, 1, 1), "accumulated": (2, 4, 1), "two ranks": (4, 1, 2), "two ranks, accumulated": (2, 2, 2)}
+    ways = {
+        "whole": (8, 1, 1),
+        "accumulated": (2, 4, 1),
+        "two ranks": (4, 1, 2),
+        "two ranks, accumulated": (2, 2, 2),
+    }
     folders = {}
     for name, (batch, accumulation, ranks) in ways.items():
         folders[name] = tmp_path_factory.mktemp("gradients")

@@ -1,5 +1,7 @@
 """Schedules reach their ends exactly and refuse what makes no sense."""
 
+from itertools import pairwise
+
 import pytest
 
 from salience.core.errors import ParameterError
@@ -12,7 +14,7 @@ def test_ends_are_exact_and_the_way_is_monotone(make):
     values = [schedule(i / 50) for i in range(51)]
     assert values[0] == schedule(0.2) == schedule(-1) == 1.0
     assert values[-1] == schedule(0.7) == schedule(2) == 0.3
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(values))
 
 
 def test_middle_values():

@@ -1,6 +1,6 @@
 """One optimizer step of a focused Trainer for each mix of methods; rank 0 writes the gradients.
 
-    python gradients.py FOLDER BATCH ACCUMULATION        (or under torchrun)
+python gradients.py FOLDER BATCH ACCUMULATION        (or under torchrun)
 """
 
 import os
