@@ -17,8 +17,8 @@ def command(checkpoint, rows, out):
     return [
         sys.executable, "-m", "salience", "tune", "--model", str(checkpoint), "--data", str(rows), "--out", str(out),
         "--steps", str(STEPS), "--save-every", "3", "--batch-size", "4", "--accumulation", "2", "--device", "cpu",
-        "--method", "ist:active_layers=1,score_every=5,probe_batch_size=4,candidates=2", "--method", "sstoken:keep=0.6",
-        "--method", "deft:weight=0.1", "--learning-rate", "0.01",
+        "--method", "ist:active_layers=1,score_every=5,probe_batch_size=4,candidates=2",
+        "--method", "sstoken:keep=0.6", "--method", "deft:weight=0.1", "--learning-rate", "0.01",
     ]  # fmt: skip
 
 

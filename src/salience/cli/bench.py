@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from salience.claims.harness import Evidence
 
 
@@ -59,23 +61,12 @@ def bench(
 
 
 def _print(evidence: Evidence, path: Path) -> None:
-    from statistics import fmean
-
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
     console.print(f"\n[bold]{evidence.slug}[/bold]  {evidence.question}")
     console.print(f"{evidence.setting}\npaper: {evidence.paper}", highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("arm", no_wrap=True)
-    names = list(evidence.metrics)
-    for name in ["rate", *names]:
-        table.add_column(name, justify="right")
-    for arm, rows in evidence.values.items():
-        shown = [f"{fmean(row[name] for row in rows):.4g}" if name in rows[0] else "" for name in names]
-        table.add_row(arm, f"{evidence.rates[arm]:g}", *shown)
-    console.print(table)
+    console.print(_means(evidence))
     colours = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
     for judged in evidence.judged:
         says, colour = judged.statement["says"], colours[judged.verdict]
@@ -83,3 +74,26 @@ def _print(evidence: Evidence, path: Path) -> None:
         console.print(f"[{colour}]{judged.verdict}[/{colour}]: {says}: {numbers}", highlight=False)
     seeds = len(next(iter(evidence.values.values())))
     console.print(f"{seeds} seeds, {evidence.seconds:.0f} s, {evidence.about['machine']}; written to {path}")
+
+
+def _means(evidence: Evidence) -> Table:
+    """Means over seeds, arms by metrics or the other way round: whichever has fewer columns."""
+    from statistics import fmean
+
+    from rich.table import Table
+
+    cells = {
+        arm: {"rate": f"{evidence.rates[arm]:g}"}
+        | {name: f"{fmean(row[name] for row in rows):.4g}" for name in evidence.metrics if name in rows[0]}
+        for arm, rows in evidence.values.items()
+    }
+    arms, names = list(cells), ["rate", *evidence.metrics]
+    by_arm = len(names) <= len(arms)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("arm" if by_arm else "metric", overflow="fold")
+    for title in names if by_arm else arms:
+        table.add_column(title, justify="right", overflow="fold", min_width=6)
+    for row in arms if by_arm else names:
+        pairs = [(row, name) for name in names] if by_arm else [(arm, row) for arm in arms]
+        table.add_row(row, *(cells[arm].get(name, "") for arm, name in pairs))
+    return table
