@@ -312,7 +312,9 @@ def _range(values: np.ndarray) -> tuple[float, float]:
     if not finite.size:
         return 0.0, 1.0
     low, high = float(finite.min()), float(finite.max())
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    # differences that are rounding beside the values themselves are no picture
+    visible = high - low > 1e-5 * max(abs(low), abs(high))
+    return (low, high) if visible else (low - 0.5, high + 0.5)
 
 
 def _curve(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

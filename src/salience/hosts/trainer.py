@@ -113,9 +113,7 @@ class TrainerLoop(Loop):
         # the callback handler holds the prepared loader: unused columns are already gone there
         loader = self.trainer.callback_handler.train_dataloader
         if self.training_size() is None:
-            raise ConflictError(
-                "train_dataset must have a length for this method, got a stream: pass data=..."
-            )
+            raise ConflictError("train_dataset must have a length for this method, got a stream")
         return loader.dataset, loader.collate_fn
 
     # --- wrapped functions -----------------------------------------------------------------------------------
