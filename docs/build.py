@@ -149,7 +149,7 @@ def write_site(folder: Path) -> None:
         target = (folder / relative).with_suffix(".html")
         target.parent.mkdir(parents=True, exist_ok=True)
         text = page.read_text(encoding="utf-8")
-        body = render.render(text).replace('href="docs/', 'href="')
+        body = render.render(text).replace('href="docs/', 'href="').replace('src="docs/', 'src="')
         body = re.sub(r'href="(?!https?:)([^"#]*)\.md', r'href="\1.html', body)
         title = html.escape(text.partition("\n")[0].lstrip("# "))
         up = "../" * (len(relative.parts) - 1)
