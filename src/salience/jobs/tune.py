@@ -17,7 +17,7 @@ from salience.hosts import checkpoints, data
 from salience.hosts.tuning import Arm, Progress, Score, Task, check_arm, check_folder, run_arm
 from salience.jobs.recipe import TuneRecipe
 
-# of the sets that save memory, the one that cost least in quality over three seeds (docs/tune.md has the figures)
+# saves memory at some cost in quality; docs/tune.md has what was tried, the figures, and how it was chosen
 RECOMMENDED = ("ist:active_layers=6", "loss-reweighting:strategy=quadratic")
 _QUICK_RECOMMENDED = ("ist:active_layers=3", RECOMMENDED[1])  # the quick model has half as many layers
 _HELD_OUT_SHARE = 0.05
