@@ -58,6 +58,44 @@ def tiny_gpt2(layers=2, vocab=64, seed=0):
     return GPT2LMHeadModel(config).double()
 
 
+def tiny_llava(layers=6, seed=0, attn="sdpa", **text):
+    """A LLaVA of 16 image tokens an image (id 63) on a Llama with grouped heads, in eval mode."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(image_size=16, patch_size=4, num_hidden_layers=3, projection_dim=32, **sizes)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **text}
+    decoder = LlamaConfig(
+        vocab_size=64,
+        num_hidden_layers=layers,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        **sizes,
+        **special,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=decoder, image_token_id=63, attn_implementation=attn
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def llava_batch(images=(1, 2, 0), seed=0, side="left", labels=False):
+    """Prompts of different lengths with so many images each, for `tiny_llava`; text, images, then a question."""
+    draw = torch.Generator().manual_seed(seed)
+    samples = []
+    for number, count in enumerate(images):
+        words = torch.randint(3, 60, (6 + number,), generator=draw).tolist()
+        ids = [1, words[0]] + [63] * (16 * count) + words[1:]
+        samples.append({"input_ids": ids, "labels": [-100] * (len(ids) - 2) + ids[-2:]})
+    batch = collate(samples, side=side)
+    if not labels:
+        del batch["labels"]
+    if sum(images):
+        batch["pixel_values"] = torch.randn(sum(images), 3, 16, 16, generator=draw)
+    return batch
+
+
 def with_lora(model, r=4, dropout=0.0, targets=("q_proj", "v_proj", "up_proj", "down_proj"), **settings):
     """The model under a LoRA adapter whose B matrices are not zero, so that every gradient is."""
     from peft import LoraConfig, get_peft_model

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from salience.core.attach import Attachment
 from salience.core.errors import StructureError, require
+from salience.core.loop import evaluating
 from salience.hosts.transformers import structure
 
 Function = Callable[..., tuple[Tensor, Tensor | None]]
@@ -77,6 +78,15 @@ class AttentionCall:
         if bias is not None:
             logits = logits + bias[:, :, start:stop, : logits.shape[-1]]
         return self._masked(logits, start, stop, attended)
+
+    def probabilities(self, start: int, stop: int, attended: Tensor | None = None) -> Tensor:
+        """Softmax of `logits` over keys and the layer's sinks, [B, H, R, K]; 0 in rows that attend to nothing."""
+        logits = self.logits(start, stop, attended)
+        sinks = self.options.get("s_aux")
+        if sinks is not None:
+            column = sinks.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+            return torch.cat((logits, column), -1).softmax(-1)[..., :-1]
+        return logits.softmax(-1).nan_to_num(nan=0.0)
 
     def _masked(self, logits: Tensor, start: int, stop: int, attended: Tensor | None) -> Tensor:
         keys = logits.shape[-1]
@@ -208,6 +218,84 @@ def attention_mass(
     return mass
 
 
+@torch.no_grad()
+def ask(layer: nn.Module, attention: nn.Module, hidden: Tensor, position_embeddings: Any) -> AttentionCall:
+    """The queries and keys that a layer would compute from these hidden states, without running its attention.
+
+    The layer's own norm, projections and rotary embedding run, whatever they are; nothing behind them, and no cache
+    is touched. Dropout is off. The call's mask is None.
+
+    Args:
+        layer (nn.Module): the decoder layer.
+        attention (nn.Module): its self-attention.
+        hidden (Tensor): [B, T, C] that would enter the layer.
+        position_embeddings (Any): as the model hands them to the layer: cosines and sines of the T positions.
+
+    Raises:
+        StructureError: if the layer's attention does not go through transformers' attention interface.
+    """
+
+    def stop(call: AttentionCall, original: Callable[[], Any]) -> Any:
+        raise _ReachedError(call)
+
+    config: Any = attention.config
+    entry = _Entry(
+        attention, _interface_of(attention), config._attn_implementation, _eager_of(attention), stop
+    )
+    try:
+        # forward() and not the call: hooks and checkpointing belong to the pass that counts
+        with evaluating(layer):
+            layer.forward(hidden.detach(), attention_mask=None, position_embeddings=position_embeddings)
+    except _ReachedError as reached:
+        return reached.call
+    finally:
+        entry.remove()
+    raise StructureError(
+        f"{type(layer).__name__} must run {type(attention).__name__} by {_INTERFACE}, got none"
+    )
+
+
+@torch.no_grad()
+def received(
+    call: AttentionCall, rows: Tensor, present: Tensor, *, causal: bool = True, chunk: int | None = None
+) -> Tensor:
+    """The attention that each key receives from some queries, averaged over heads and over those queries.
+
+    `mean_{t in rows} mean_h softmax_j(z_h[t, j])` over all keys that row t may attend to. Only the rows that are
+    asked for are computed, a chunk at a time, in at least fp32.
+
+    Args:
+        call (AttentionCall): queries and keys of one layer; its own mask is not used.
+        rows (Tensor): [B, Q] bool, the queries that are asked.
+        present (Tensor): [B, K] bool, keys that are no padding; Q = K.
+        causal (bool): a row attends to itself and to what is before it.
+        chunk (int | None): rows computed at a time; None bounds the memory to 64 MiB of logits.
+
+    Returns:
+        Tensor: [B, K], 0 where no row is asked.
+    """
+    batch, heads, length, width = call.query.shape
+    counts = rows.sum(-1)
+    most = int(counts.max())
+    # the asked rows of each sample first, in order; the others fill up and weigh nothing
+    index = (~rows).int().argsort(dim=-1, stable=True)[:, :most]
+    asked = rows.gather(-1, index)
+    mass = call.query.new_zeros(batch, length, dtype=torch.promote_types(call.query.dtype, torch.float32))
+    places = torch.arange(length, device=rows.device)
+    chunk = chunk or max(1, _CHUNK_ELEMENTS // max(1, batch * heads * length))
+    for start in range(0, most, chunk):
+        taken = index[:, start : start + chunk]
+        query = call.query.gather(2, taken[:, None, :, None].expand(-1, heads, -1, width))
+        allowed = present[:, None, None, :]
+        if causal:
+            allowed = allowed & (places <= taken[:, None, :, None])
+        part = replace(call, query=query, mask=allowed)
+        share = part.probabilities(0, taken.shape[1])
+        weight = asked[:, start : start + chunk].to(share.dtype)
+        mass += torch.einsum("bhrk,br->bk", share, weight) / heads
+    return mass / counts.clamp_min(1).unsqueeze(-1)
+
+
 def _intercept(
     module: nn.Module, record: Attachment, act: Callable[[AttentionCall, Callable[[], Any]], Any]
 ) -> None:
@@ -234,6 +322,14 @@ def _intercept(
     record.hook(module.register_forward_pre_hook(enter))
     # of several interceptions the last to enter is the first to leave
     record.hook(module.register_forward_hook(leave, always_call=True, prepend=True))
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass at its attention function."""
+
+    def __init__(self, call: AttentionCall) -> None:
+        super().__init__("attention reached")
+        self.call = call
 
 
 class _Entry:
