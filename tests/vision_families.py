@@ -377,7 +377,10 @@ _ALL = (
         _square(2 * TILE, merge=2, tiles=(1, 3)), _pack_block,
     ),
     Family(
-        "mistral3", _model("Mistral3", _text("mistral", sliding_window=None), _vision("pixtral", 64, head_dim=8), spatial_merge_size=2),
+        "mistral3", _model(
+            "Mistral3", _text("mistral", sliding_window=None),
+            _vision("pixtral", 64, head_dim=8), spatial_merge_size=2,
+        ),
         _sized_image, _pack_sized,
     ),
 )

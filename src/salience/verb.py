@@ -89,7 +89,7 @@ class Focus:
         return folder
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draw the importance maps: units x time for every history that the methods recorded.
+        """Draw what the methods decided: their own picture, else the importance maps, units x time.
 
         Args:
             path (str | Path | None): where to write a PNG; None only returns the figure.
@@ -102,15 +102,16 @@ class Focus:
         """
         from salience.core.pictures import draw_histories
 
+        own = next((figure for part in self.parts if (figure := part.draw()) is not None), None)
         histories = {
             f"{method.slug()}: {name}": (method.unit, history)
             for method, part in zip(self.methods, self.parts)
             for name, history in part.histories.items()
             if history.steps
         }
-        if not histories:
+        if own is None and not histories:
             raise ConflictError("plot must be called after scores were recorded, got none yet: train first")
-        figure = draw_histories(histories)
+        figure = own if own is not None else draw_histories(histories)
         if path is not None:
             figure.savefig(path, dpi=120, bbox_inches="tight")
         return figure

@@ -126,6 +126,10 @@ class Part:
         """What was kept and what it cost, in plain numbers and words: counts, shares, bytes."""
         return {}
 
+    def draw(self) -> Any:
+        """A matplotlib figure of what was decided, None where the histories say it all."""
+        return None
+
     def state(self) -> State:
         """What a resumed run needs to go on exactly where this one is: tensors, numbers and words.
 

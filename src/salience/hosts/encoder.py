@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from salience.core.attach import Attachment
 from salience.core.errors import StructureError, require
+from salience.hosts._image_layouts import layout_of
 from salience.hosts.attention import AttentionCall, observe
 from salience.hosts.choices import View
-from salience.hosts.image_grid import spread
+from salience.hosts.image_grid import block_order, spread
 from salience.hosts.vision import VisionLanguage
 
 _MODALITIES = ("image", "video")
@@ -36,6 +37,7 @@ class Encoder:
         self.inputs: dict[str, Any] = {}
         self.modality = _MODALITIES[0]
         self._read = False
+        self._tokens: dict[str, int] = {}
         self._on_start: list[Callable[[str], None]] = []
         for modality in _MODALITIES:
             name = f"get_{modality}_features"
@@ -50,19 +52,27 @@ class Encoder:
         """The model has read the prompt: the next run belongs to another one."""
         self._read = True
 
+    def own_rows(self, ids: Tensor) -> Tensor:
+        """The rows [B, S] that pictures were encoded for: beams repeat each of them, with the same pictures."""
+        made = sum(self._tokens.values())
+        return ids[:: max(1, int(self.found.image_tokens(ids).sum()) // max(1, made))]
+
     def _wrapped(self, modality: str, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
 
         @functools.wraps(original)
         def encode(*args: Any, **kwargs: Any) -> Any:
             if self._read:
-                self.inputs, self._read = {}, False
+                self.inputs, self._tokens, self._read = {}, {}, False
             named = signature.bind_partial(*args, **kwargs).arguments
             self.inputs |= {name: value for name, value in named.items() if name != "kwargs"}
             self.modality = modality
             for act in self._on_start:
                 act(modality)
-            return original(*args, **kwargs)
+            output = original(*args, **kwargs)
+            features = getattr(output, "pooler_output", output)
+            self._tokens[modality] = sum(one.shape[:-1].numel() for one in features)
+            return output
 
         return encode
 
@@ -81,7 +91,8 @@ class EncoderMaps:
         StructureError: if the layer's attention does not go through transformers' attention interface.
 
     Attributes:
-        views (dict[str, list[Tensor]]): by modality, one map for each encoder view.
+        views (dict[str, list[Tensor]]): by modality, one map for each encoder view, or for each window of one; in the
+            order of the tower's blocks.
     """
 
     def __init__(
@@ -116,7 +127,7 @@ class EncoderMaps:
 
         Args:
             view (View): the sequence; none of its image tokens may have left yet.
-            values (dict | None): by modality, one [N] or [N, D] for each encoder view; None takes what was measured.
+            values (dict | None): by modality, as they were measured, [N] or [N, D] each; None takes `views`.
             newline (float): for tokens that stand for the end of a row of patches.
 
         Returns:
@@ -125,11 +136,16 @@ class EncoderMaps:
         Raises:
             StructureError: if the vision tower did not run, or its patches do not fit the image tokens.
         """
-        return at_tokens(self._encoder, view, self.views if values is None else values, newline=newline)
+        core = self._encoder.found.core
+        maps = {
+            modality: by_view(core, view.inputs, measured, modality == "video")
+            for modality, measured in (self.views if values is None else values).items()
+        }
+        return at_tokens(self._encoder, view, maps, newline=newline)
 
 
 def at_tokens(encoder: Encoder, view: View, maps: dict[str, list[Tensor]], *, newline: float = 0.0) -> Tensor:
-    """Per-patch values by modality at the image tokens: [B, S] or [B, S, D]; see `EncoderMaps.at_tokens`."""
+    """Values by modality, one map for each view in its order, at the image tokens; see `EncoderMaps.at_tokens`."""
     found, ids = encoder.found, view.inputs["input_ids"]
     if not any(maps.values()):
         raise StructureError(
@@ -138,25 +154,35 @@ def at_tokens(encoder: Encoder, view: View, maps: dict[str, list[Tensor]], *, ne
     full: Tensor | None = None
     for modality, views in maps.items():
         video = modality == "video"
-        places = view.vision & _among(ids, found.video_ids if video and found.video_ids else found.image_ids)
+        tokens = found.video_ids if video and found.video_ids else found.image_ids
+        places = torch.isin(ids, torch.tensor(tokens, device=ids.device))
         values = spread(found.core, view.inputs, views, newline=newline, video=video)
-        # beams repeat each row, but its pictures are encoded once
-        repeats = int(places.sum()) // max(1, len(values))
-        own = places[:: max(1, repeats)]
-        if int(own.sum()) != len(values):
+        if int(places.sum()) != len(values):
             raise StructureError(
                 f"patches of the vision tower must fit the {int(places.sum())} {modality} tokens, got {len(values)}"
             )
-        part = torch.zeros(*own.shape, *values.shape[1:], dtype=values.dtype, device=places.device)
-        part[own] = values.to(places.device)
-        part = part.repeat_interleave(max(1, repeats), 0)
+        part = torch.zeros(*places.shape, *values.shape[1:], dtype=values.dtype, device=places.device)
+        part[places] = values.to(places.device)
         full = part if full is None else full + part
     assert full is not None  # some modality was encoded
-    return full
+    full = full.repeat_interleave(len(view.source) // len(ids), 0)  # beams
+    source = view.source.view(*view.source.shape, *[1] * (full.dim() - 2)).expand(-1, -1, *full.shape[2:])
+    return full.gather(1, source)
 
 
-def _among(ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
-    return torch.isin(ids, torch.tensor(tokens, device=ids.device))
+def by_view(core: nn.Module, inputs: Mapping[str, Any], maps: list[Tensor], video: bool) -> list[Tensor]:
+    """Maps as the tower gave them, by attention window or all pictures in one row, as one map for each view."""
+    order = block_order(core, inputs, video=video)
+    sizes = [view.rows * view.columns for view in layout_of(core, inputs, video).views]
+    fits = sum(map(len, maps)) == sum(sizes)
+    if not fits or (order is None and len(maps) == len(sizes)):
+        return maps
+    flat = torch.cat(maps)
+    if order is not None:
+        restored = torch.empty_like(flat)
+        restored[order.to(flat.device)] = flat
+        flat = restored
+    return list(flat.split(sizes))
 
 
-__all__ = ["Encoder", "EncoderMaps", "at_tokens"]
+__all__ = ["Encoder", "EncoderMaps", "at_tokens", "by_view"]

@@ -22,16 +22,17 @@ from torch import Tensor, nn
 from salience.core.attach import Attachment
 from salience.core.errors import ConflictError, StructureError, require
 from salience.core.part import Part
-from salience.hosts._sequences import (
+from salience.hosts.attention import AttentionCall, ask, observe
+from salience.hosts.choices import Choice, Decide, Stage, View
+from salience.hosts.encoder import Encoder
+from salience.hosts.sequences import (
     gathering,
+    renumbered,
     report_prompt_length,
     require_causal,
     require_dynamic,
     rows_at,
 )
-from salience.hosts.attention import AttentionCall, ask, observe
-from salience.hosts.choices import Choice, Decide, Stage, View
-from salience.hosts.encoder import Encoder
 from salience.hosts.vision import VisionLanguage, cache_of, vision_language
 
 
@@ -233,7 +234,7 @@ class Pruning(Part):
         labels = None if now.labels is None else now.labels.gather(1, source)
         still = hidden.detach()
         view = View(
-            index, still, vision, valid, source, now.vision.sum(-1), labels, now.inputs | self.encoder.inputs,
+            index, still, vision, valid, source, now.vision.sum(-1), labels, self._inputs(now),
             lambda: ask(layer.module, _attention_of(self.found, index), still, positions),
         )  # fmt: skip
         with torch.no_grad():
@@ -248,18 +249,26 @@ class Pruning(Part):
         segment = _Segment(index, kept, vision.gather(1, order) & kept, source.gather(1, order), None)
         hidden = rows_at(hidden, order)
         if self._renumber:
-            segment.positions = self._rotary(hidden, (kept.cumsum(-1) - 1).clamp_min(0))
+            segment.positions = self._rotary(hidden, renumbered(kept))
         else:
             segment.positions = tuple(rows_at(one.expand(len(order), -1, -1), order) for one in positions)
         now.segments.append(segment)
         return hidden
+
+    def _inputs(self, now: _Prompt) -> dict[str, Any]:
+        """The prompt and its pictures, each once."""
+        return {
+            **now.inputs,
+            **self.encoder.inputs,
+            "input_ids": self.encoder.own_rows(now.inputs["input_ids"]),
+        }
 
     def _continue(self, segment: _Segment, fresh: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """The next tokens join a segment: its mask grows, and positions go on where its own ended."""
         segment.valid = torch.cat((segment.valid, fresh), -1)
         segment.positions = kwargs["position_embeddings"]
         if self._renumber:
-            places = (segment.valid.cumsum(-1) - 1).clamp_min(0)[:, -hidden.shape[1] :]
+            places = renumbered(segment.valid)[:, -hidden.shape[1] :]
             segment.positions = self._rotary(hidden, places)
 
     def _mask(self, segment: _Segment, hidden: Tensor, cache: Any, index: int) -> Any:
@@ -289,7 +298,7 @@ class Pruning(Part):
         if now is None or not now.reading:
             return None
         now.reading = False
-        self.stages, self.prompt = now.stages, now.inputs | self.encoder.inputs
+        self.stages, self.prompt = now.stages, self._inputs(now)
         cache = output.get("cache", output.get("past_key_values")) if isinstance(output, dict) else None
         self._count(now, cache)
         if not now.segments:
@@ -339,6 +348,11 @@ class Pruning(Part):
             rows = [layer.keys.shape[-2] for layer in cache.layers]
             counts["kv"] += sum(held)
             counts["kv full"] += sum(h // r * now.valid.shape[1] for h, r in zip(held, rows, strict=True))
+
+    def draw(self) -> Any:
+        from salience.hosts.kept_pictures import draw, kept_pictures
+
+        return draw({"kept": kept_pictures(self)})
 
     def scores(self) -> dict[str, Tensor]:
         return {f"layer {s.layer}": s.scores.cpu() for s in self.stages if s.scores is not None}

@@ -29,6 +29,11 @@ def gathering(keep: Tensor, order: Tensor | None, *, left: bool) -> tuple[Tensor
     return index, torch.arange(most, device=keep.device) < counts
 
 
+def renumbered(valid: Tensor) -> Tensor:
+    """Positions 0, 1, 2, ... of the tokens that are no padding, 0 in front of them: [B, N]."""
+    return (valid.cumsum(-1) - 1).clamp_min(0)
+
+
 def require_dynamic(cache: Any) -> None:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
