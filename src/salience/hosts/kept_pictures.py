@@ -45,7 +45,7 @@ def kept_pictures(
 
     Args:
         part (Pruning): after a prompt.
-        mean, std (Sequence[float] | None): of the image processor; None takes the usual ones of the model's family.
+        mean, std (Sequence[float] | None): of the image processor; None stretches each picture to the full range.
 
     Raises:
         ConflictError: if no prompt with pixels was read yet.
