@@ -84,14 +84,20 @@ def _split(text: str) -> list[str]:
     return [part for part in parts if part.strip()]
 
 
+def _nested(value: Any) -> Any:
+    """Text in round brackets as a tuple, of tuples where brackets stand in brackets; `none` as None."""
+    if not isinstance(value, str):
+        return value
+    value = value.strip()
+    if value.startswith("(") and value.endswith(")"):
+        return tuple(_nested(part) for part in _split(value[1:-1]))
+    return None if value.lower() == "none" else value
+
+
 def _convert(cls: type[Method], key: str, hint: Any, value: Any) -> Any:
     from pydantic import TypeAdapter, ValidationError
 
-    if isinstance(value, str):
-        if value.lower() == "none":
-            value = None
-        elif value.startswith("(") and value.endswith(")"):
-            value = tuple(_split(value[1:-1]))
+    value = _nested(value)
     try:
         # strings are read leniently ("4" is 4); pydantic prefers the exact type of a union where one fits
         return TypeAdapter(hint).validate_python(value)

@@ -49,8 +49,8 @@ class Encoder:
         self._on_start.append(act)
 
     def read(self) -> None:
-        """The model has read the prompt: the next run belongs to another one."""
-        self._read = True
+        """The model has read the prompt: the next run belongs to another one, and a prompt without a run to none."""
+        self.inputs, self._read = {}, True
 
     def own_rows(self, ids: Tensor) -> Tensor:
         """The rows [B, S] that pictures were encoded for: beams repeat each of them, with the same pictures."""

@@ -62,20 +62,24 @@ class Projection:
     Args:
         encoder (Encoder): of the model.
         record (Attachment): undoes the hooks.
+
+    Attributes:
+        classed (bool): the vision tower puts a class token in front of its patches.
     """
 
     def __init__(self, encoder: Encoder, record: Attachment) -> None:
         self._encoder = encoder
         found = encoder.found
+        self.classed = has_class_token(found.core)
         self._rows: list[Tensor] = []
         self._states: dict[int, Tensor] = {}
         projector = getattr(found.core, "multi_modal_projector", None)
         self._projector: nn.Module | None = projector if isinstance(projector, nn.Module) else None
+        self._features: tuple[int, ...] = ()
         if self._projector is None:
             return
         record.hook(self._projector.register_forward_pre_hook(self._see))
-        self._features: tuple[int, ...] = ()
-        if has_class_token(found.core) and strategy(found.core, {}) == "default":
+        if self.classed and strategy(found.core, {}) == "default":
             depth = len(found.vision)
             self._features = tuple(i if i >= 0 else i + depth + 1 for i in _feature_layers(found))
         for index in set(self._features):
@@ -102,7 +106,7 @@ class Projection:
             return None
         states = [self._states[index] for index in self._features]
         first = torch.cat([state[0, 1] for state in states], -1)
-        if not torch.equal(first, self._rows[0][0]):
+        if not torch.equal(first, self._rows[0][0].to(first.device)):
             raise StructureError(
                 f"projector of {self._encoder.found.name} must be given the states of vision layers "
                 f"{list(self._features)} as they are, got other values"
@@ -113,7 +117,7 @@ class Projection:
         """Rows [N, C] through the projector: [N, C of the decoder]."""
         assert self._projector is not None  # at_tokens gave rows
         kept = self._rows
-        projected: Tensor = self._projector(rows.to(kept[0].dtype)[None])[0]
+        projected: Tensor = self._projector(rows.to(kept[0])[None])[0]
         self._rows = kept
         return projected
 
