@@ -145,46 +145,59 @@ class HistoryLosses:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> HistoryLosses:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        name: str = "history",
+        wanted: str = "'base', 'ema' or a file of history losses",
+    ) -> HistoryLosses:
         """Read a file, or all `*.safetensors` files of a folder: the parts that several workers wrote.
 
+        Args:
+            path (str | Path): file or folder.
+            name (str): the parameter that named it, for errors.
+            wanted (str): what that parameter may be, for errors.
+
         Raises:
-            ParameterError: if there is none, or it is of another kind, or parts come from different models.
+            ParameterError: if there is none, or it is of another kind, or parts come from different models or are
+                missing.
         """
         from safetensors import safe_open
 
         path = Path(path)
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not files or not files[0].is_file():
-            raise ParameterError(
-                f"history must be 'base', 'ema' or a file of history losses, got {str(path)!r}"
-            )
+            raise ParameterError(f"{name} must be {wanted}, got {str(path)!r}")
         losses = cls()
         for index, file in enumerate(files):
             with safe_open(str(file), framework="pt") as stored:
                 metadata = stored.metadata() or {}
                 if metadata.get("format") != _FORMAT:
-                    raise ParameterError(f"history must be a file of history losses, got {str(file)!r}")
+                    raise ParameterError(f"{name} must be a file of {name} losses, got {str(file)!r}")
                 about = json.loads(metadata["about"])
                 if index == 0:
                     losses.about = about
                 elif about != losses.about:
                     raise ParameterError(
-                        f"history must come from one model, got {about} in {file.name} and {losses.about} before"
+                        f"{name} must come from one model, got {about} in {file.name} and {losses.about} before"
                     )
-                losses.take({name: stored.get_tensor(name) for name in ("keys", "offsets", "values")})
+                losses.take({field: stored.get_tensor(field) for field in ("keys", "offsets", "values")})
+        parts = int(losses.about.get("parts", len(files)))
+        if len(files) != parts:
+            raise ParameterError(f"{name} must be whole, got {len(files)} of {parts} parts in {str(path)!r}")
         return losses
 
-    def check(self, about: Mapping[str, str]) -> None:
+    def check(self, about: Mapping[str, str], *, name: str = "history") -> None:
         """Compare the manifest with what is known of this run.
 
         Raises:
             ParameterError: if both sides know something and disagree.
         """
-        for name in self.about.keys() & about.keys():
-            if self.about[name] != about[name]:
+        for field in sorted(self.about.keys() & about.keys()):
+            if self.about[field] != about[field]:
                 raise ParameterError(
-                    f"history must be measured with this run's {name} {about[name]!r}, got {self.about[name]!r}"
+                    f"{name} must be measured with this run's {field} {about[field]!r}, got {self.about[field]!r}"
                 )
 
     def gather(self) -> None:
@@ -302,11 +315,13 @@ def _padded(rows: Tensor, length: int) -> Tensor:
     return out
 
 
-def shown(batches: Iterable[Mapping[str, Any]], total: int | None = None) -> Iterable[Mapping[str, Any]]:
+def shown(
+    batches: Iterable[Mapping[str, Any]], total: int | None = None, says: str = "history losses"
+) -> Iterable[Mapping[str, Any]]:
     """The batches, with a progress bar if the process has a terminal."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
     hidden = not console.is_terminal or distributed.rank() != 0
-    return track(batches, "history losses", total=total, console=console, disable=hidden)
+    return track(batches, says, total=total, console=console, disable=hidden)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -104,17 +104,23 @@ class StoredLosses(HistorySource):
 
     Args:
         read (HistoryLosses | None): what a file held; None measures the model that training starts with.
+        name (str): the parameter that named the file, for errors.
     """
 
-    def __init__(self, read: HistoryLosses | None = None) -> None:
+    def __init__(self, read: HistoryLosses | None = None, *, name: str = "history") -> None:
         super().__init__()
+        self._name = name
         self._measures = read is None
         self._losses = read or HistoryLosses()
 
     def before_step(self, loop: Loop) -> None:
         # not in begin: a resumed run brings its losses along, and its weights are no longer those of the base
         if self._measures and not len(self._losses):
-            self.passes += _measure(self._losses, loop)
+            self.passes += _measure(self._losses, loop, self.measure, f"{self._name} losses")
+
+    def measure(self, losses: HistoryLosses, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Add one batch; the model is in eval mode and builds no graph."""
+        losses.add(inputs, *forward_losses(model, inputs))
 
     def losses(self, loop: Loop, inputs: Mapping[str, Any]) -> Tensor:
         return self._losses.find(inputs)
@@ -130,7 +136,7 @@ class StoredLosses(HistorySource):
             self._losses.take(state)
         elif self._losses.digest() != state["digest"]:
             raise ParameterError(
-                "history must be the file that the stored run used, got one with other losses"
+                f"{self._name} must be the file that the stored run used, got one with other losses"
             )
 
 
@@ -148,8 +154,11 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def base_is_frozen(model: nn.Module) -> bool:
-    """Whether taking the adapters of a PEFT model away leaves the base model, now and after training."""
+def base_is_frozen(model: nn.Module, names: Collection[str] | None = None) -> bool:
+    """Whether taking the adapters of a PEFT model away leaves the base model, now and after training.
+
+    With `names`, whether it leaves the base's parameters of these names.
+    """
     peft: Any = model
     prefix = getattr(getattr(peft, "base_model", None), "prefix", None)
     if not callable(getattr(peft, "disable_adapter", None)) or not prefix:
@@ -159,19 +168,25 @@ def base_is_frozen(model: nn.Module) -> bool:
     apart = all(isinstance(start, bool) or start in ("gaussian", "eva") for start in starts)
     own = (prefix, "modules_to_save", "token_adapter")
     trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trains = trains if names is None else [name for name in trains if name in names]
     return apart and all(any(word in name for word in own) for name in trains)
 
 
-def _measure(losses: HistoryLosses, loop: Loop) -> int:
+def _measure(
+    losses: HistoryLosses,
+    loop: Loop,
+    measure: Callable[[HistoryLosses, nn.Module, Mapping[str, Any]], None],
+    says: str,
+) -> int:
     """Measure a loop's training set under its model as it is, shared out over ranks; returns this rank's passes."""
     trainer = getattr(loop, "trainer", None)
     size = trainer.args.per_device_train_batch_size if trainer is not None else 1
     ranks, rank, passes = distributed.size(), distributed.rank(), 0
     with evaluating(loop.model), torch.no_grad():
-        for group in _groups(shown(loop.ordered_batches(size)), ranks):
+        for group in _groups(shown(loop.ordered_batches(size), says=says), ranks):
             # sharded weights are gathered in every forward pass: a rank without a batch left repeats one
             inputs = loop.to_device(group[min(rank, len(group) - 1)])
-            losses.add(inputs, *forward_losses(loop.model, inputs))
+            measure(losses, loop.model, inputs)
             passes += 1
     losses.gather()
     return passes
