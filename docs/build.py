@@ -56,7 +56,7 @@ def generated() -> dict[Path, str]:
         text = page.read_text(encoding="utf-8")
         # a page starts with a bare marker; the first run turns it into a block
         text = re.sub(
-            rf"<!-- evidence:{re.escape(entry.slug)} -->(?!\n)?\s*$",
+            rf"<!-- evidence:{re.escape(entry.slug)} -->[ \t]*$",
             "<!-- evidence -->\n<!-- /evidence -->",
             text,
             flags=re.M,
@@ -81,9 +81,10 @@ def table(prefix: str) -> str:
         "|---|---|---|---|---|---|",
     ]
     for entry in entries().values():
+        paper = f"[{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else "baseline"
         rows.append(
             f"| [`{entry.slug}`]({prefix}{entry.slug}.md) | {entry.unit} | {entry.job} | {', '.join(entry.targets)} "
-            f"| {entry.summary} ([{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})) | {headline(entry)} |"
+            f"| {entry.summary} ({paper}) | {headline(entry)} |"
         )
     return "\n".join(rows) + "\n"
 

@@ -207,6 +207,51 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def seeing_checkpoint(tmp_path_factory):
+    """A folder with a tiny LLaVA of 16 image tokens an image, its word tokenizer and its processor."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlavaProcessor, PreTrainedTokenizerFast
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *WORDS, "Question", "Answer"]
+    words += [f"word{number}" for number in range(len(words), 63)] + ["<image>"]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+    size = {"height": 16, "width": 16}
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size=size, crop_size=size),
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    folder = tmp_path_factory.mktemp("seeing") / "tiny-llava"
+    tiny_llava(layers=6).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A PNG file of 40 x 30 pixels."""
+    from PIL import Image
+
+    draw = torch.Generator().manual_seed(5)
+    pixels = torch.randint(0, 256, (30, 40, 3), generator=draw, dtype=torch.uint8)
+    path = tmp_path / "picture.png"
+    Image.fromarray(pixels.numpy()).save(path)
+    return path
+
+
 @pytest.fixture
 def rows(tmp_path):
     """Forty prompts with completions as a .jsonl file."""

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from vision_families import FAMILIES
 import salience as sal
 from salience.core.errors import ConflictError, ParameterError, StructureError
 from salience.core.registry import entries
+from salience.hosts import pruning
+from salience.hosts.attention import observe
 from salience.hosts.vision import vision_language
 
 sys.path.insert(0, str(Path(__file__).parent / "methods"))
@@ -210,7 +213,7 @@ def test_every_method_gives_each_row_of_a_batch_what_it_gives_it_alone(slug):
 
 @pytest.mark.parametrize("slug", VISUAL)
 @torch.no_grad()
-def test_decoding_with_a_cache_equals_reading_everything_again(slug):
+def test_decoding_with_a_cache_equals_reading_everything_again(slug, monkeypatch):
     """The decisions of the prompt are repeated on the longer text, so only the decoding differs."""
     model = tiny_llava()
     batch = llava_batch((1, 2, 0))
@@ -233,6 +236,9 @@ def test_decoding_with_a_cache_equals_reading_everything_again(slug):
     # everything again in one pass: the kept sets are given, so only the new token's own path is compared
     whole = {**batch, "input_ids": torch.cat((batch["input_ids"], token), 1), "attention_mask": grown}
     whole["position_ids"] = places
+    monkeypatch.setattr(
+        pruning, "observe", lambda module, record, see: observe(module, record, lambda call: see(_cut(call)))
+    )
     with sal.focus(model, VISUAL[slug]["method"]) as handle:
         part = handle.parts[0]
         for layer, decide in list(part._decide.items()):
@@ -244,7 +250,6 @@ def test_decoding_with_a_cache_equals_reading_everything_again(slug):
 
 def _without_the_last(decide):
     """The decision as it was when the newest token was not there yet."""
-    from dataclasses import replace
 
     def wrapped(view):
         cut = replace(
@@ -269,12 +274,12 @@ def _without_the_last(decide):
             order=padded(choice.order, lambda v: v.amax(1, keepdim=True) + 1),
         )
 
-    def _cut(call):
-        return replace(
-            call, query=call.query[:, :, :-1], key=call.key[:, :, :-1], value=call.value[:, :, :-1]
-        )
-
     return wrapped
+
+
+def _cut(call):
+    """The queries and keys as they were then."""
+    return replace(call, query=call.query[:, :, :-1], key=call.key[:, :, :-1], value=call.value[:, :, :-1])
 
 
 @torch.no_grad()
@@ -329,7 +334,7 @@ def test_bad_input_is_one_clear_error():
 
     model, batch = tiny_llava(), llava_batch((1, 1))
     with pytest.raises(
-        StructureError, match="model must be a vision-language model .*, got LlamaForCausalLM"
+        StructureError, match=r"model must be a vision-language model .*, got LlamaForCausalLM"
     ):
         sal.focus(tiny_llama(), DROP)
     with pytest.raises(ParameterError, match=r"layers must be in \[0, 5\] for 6 layers of Llava\w+, got 9"):

@@ -11,6 +11,8 @@ imports neither torch nor transformers. `salience.methods()` lists them.
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -24,6 +26,17 @@ def methods() -> list[Any]:
     from salience.core.registry import entries
 
     return list(entries().values())
+
+
+class _Package(ModuleType):
+    """This module. Importing a file under `salience/methods/` must not put that package in the function's place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name == "methods" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -32,3 +32,11 @@ def test_an_unknown_name_suggests_the_nearest():
         find("loss-reweigting")
     with pytest.raises(AttributeError, match="has no attribute 'LossReweigting'"):
         sal.LossReweigting  # noqa: B018
+
+
+def test_methods_lists_also_after_a_method_was_imported():
+    import salience as sal
+    from salience.methods.samples import loss_reweighting
+
+    assert sal.LossReweighting is loss_reweighting.LossReweighting
+    assert "loss-reweighting" in {entry.slug for entry in sal.methods()}

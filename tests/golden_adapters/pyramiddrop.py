@@ -35,7 +35,7 @@ def llama_layer(tensors, parameters):
 
 
 def run(tensors, parameters):
-    parameters = parameters["params"] if "params" in parameters else parameters
+    parameters = parameters.get("params", parameters)
     layer, rotary = llama_layer(tensors, parameters)
     hidden, valid = tensors["features"], tensors["attention_mask"].bool()
     places = torch.arange(hidden.shape[1])

@@ -141,7 +141,7 @@ def test_a_bare_encoder_gets_a_new_head_and_says_so(saved, caplog, kind, fresh):
     got = model.bert.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in got.items())
     text = refusal(load_model, folder)
-    assert text == f"kind must be one of causal, masked, sequence for {folder}, got auto (BertModel)"
+    assert text == f"kind must be one of causal, masked, sequence, vision for {folder}, got auto (BertModel)"
 
 
 def test_the_number_of_classes(saved):
@@ -214,7 +214,7 @@ def test_verbosity_stays_as_it_was(llama):
 @pytest.mark.parametrize(
     "settings, text",
     [
-        ({"kind": "chat"}, "kind must be one of auto, causal, masked, sequence, got 'chat'"),
+        ({"kind": "chat"}, "kind must be one of auto, causal, masked, sequence, vision, got 'chat'"),
         ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
         ({"dtype": torch.int8}, "dtype must be one of auto, float32, bfloat16, float16, got torch.int8"),
     ],

@@ -1,5 +1,7 @@
 """PyramidDrop: the worked example, counts and nesting, batches, caches, and training."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import llava_batch, tiny_llava, tiny_trainer
@@ -9,7 +11,8 @@ import salience as sal
 from salience.core.budget import top_mask
 from salience.core.errors import ParameterError
 from salience.hosts.attention import AttentionCall
-from salience.methods.tokens.pyramiddrop import equal_stages, score, spend
+from salience.hosts.choices import equal_stages
+from salience.methods.tokens.pyramiddrop import score, spend
 
 CONTRACT = {
     "method": sal.PyramidDrop(ratios=(0.5, 0.25), layers=(2, 3)),
@@ -49,9 +52,9 @@ def test_worked_example():
 def test_counts_are_cut_and_ties_go_left():
     assert spend(torch.tensor([576, 10, 0]), 0.3).tolist() == [172, 3, 0]
     assert spend(torch.tensor([576, 10, 1]), 0.0, 2).tolist() == [2, 2, 1]
-    assert equal_stages(32, 3) == (8, 16, 24)
+    assert equal_stages(32, 3, name="ratios") == (8, 16, 24)
     with pytest.raises(ParameterError, match="ratios must be fewer than the decoder's 3 layers, got 3"):
-        equal_stages(3, 3)
+        equal_stages(3, 3, name="ratios")
 
 
 @torch.no_grad()
@@ -85,7 +88,7 @@ def test_kept_sets_are_nested_and_as_large_as_stated():
     full = torch.tensor([16, 32, 0])
     for stage, ratio in zip(stages, (0.5, 0.25, 0.125), strict=True):
         assert stage.kept.sum(-1).tolist() == (full * ratio).long().tolist()
-    for outer, inner in zip(stages, stages[1:], strict=False):
+    for outer, inner in itertools.pairwise(stages):
         assert not bool((inner.kept & ~outer.kept).any())
     assert handle.spent["pyramiddrop"]["image tokens"] == 48
 

@@ -10,13 +10,13 @@ from salience.core.attach import Attachment
 from salience.core.errors import ConflictError, ParameterError
 from salience.core.spec import parse_method
 from salience.hosts.attention import AttentionCall
-from salience.hosts.choices import View
+from salience.hosts.choices import View, equal_stages
 from salience.hosts.encoder import Encoder, EncoderMaps
 from salience.hosts.projection import pictures_of
 from salience.hosts.sequences import gathering
 from salience.hosts.vision import vision_language
 from salience.methods.tokens._merging import choose, group, merge, share
-from salience.methods.tokens.visiondrop import equal_stages, head_keys, measure, schedule, score, split
+from salience.methods.tokens.visiondrop import head_keys, measure, schedule, score, split
 
 CONTRACT = {
     "method": sal.VisionDrop(encoder=(6, 2), stages=((4, 1), (2, 1)), layers=(2, 3)),
@@ -170,9 +170,9 @@ def test_counts_follow_from_the_average():
             assert list(counts) == sorted(counts, reverse=True)
     assert sal.VisionDrop(tokens=64, **ENCODER).plan() == ((56, 8),)
     assert len(sal.VisionDrop(encoder=None).plan()) == 3
-    assert equal_stages(32, 3) == (8, 16, 24)
+    assert equal_stages(32, 3, name="stages") == (8, 16, 24)
     with pytest.raises(ParameterError, match="stages must be fewer than the decoder's 3 layers, got 3"):
-        equal_stages(3, 3)
+        equal_stages(3, 3, name="stages")
     with pytest.raises(ParameterError, match="stages must be at least one where encoder is None"):
         sal.VisionDrop(encoder=None, stages=())
     with pytest.raises(ParameterError, match="stages must be at least one where encoder is None"):

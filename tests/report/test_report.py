@@ -139,7 +139,7 @@ def changed(**changes):
 @pytest.fixture
 def unpainted(monkeypatch):
     """Leave the pictures out where only words are looked at: they take most of the time."""
-    monkeypatch.setattr(view, "_drawn", lambda draw, label, salt: {"wide": "", "narrow": ""})
+    monkeypatch.setattr(view, "drawn", lambda draw, label, salt: {"wide": "", "narrow": ""})
 
 
 @pytest.fixture(scope="module")

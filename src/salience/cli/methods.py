@@ -49,6 +49,7 @@ def methods(
     for column in ("method", "scores", "job", "on", "what it does", "paper"):
         table.add_column(column, no_wrap=column in ("method", "paper"))
     for entry in chosen:
-        table.add_row(entry.slug, entry.unit, entry.job, ", ".join(entry.targets), entry.summary, entry.arxiv)
+        paper = entry.arxiv or "baseline"
+        table.add_row(entry.slug, entry.unit, entry.job, ", ".join(entry.targets), entry.summary, paper)
     console = Console()
     console.print(table if chosen else "no method matches; salience methods lists all")

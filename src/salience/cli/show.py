@@ -23,7 +23,8 @@ def show(
     entry = find(slug)
     cls = load(entry.slug)
     console = Console()
-    console.print(f"[bold]{entry.name}[/bold]  {entry.title}  arXiv {entry.arxiv}", highlight=False)
+    paper = f"arXiv {entry.arxiv}" if entry.arxiv else "baseline"
+    console.print(f"[bold]{entry.name}[/bold]  {entry.title}  {paper}", highlight=False)
     console.print(
         f"scores each {entry.unit}, spends: {entry.spends}; job: {entry.job}; on: {', '.join(entry.targets)}"
     )
@@ -43,6 +44,8 @@ def show(
     console.print(f"  import salience as sal\n  sal.focus({target}, sal.{entry.name}())", markup=False)
     if "trainer" in entry.targets:
         console.print(f"  salience tune --method {entry.slug}", markup=False)
+    if "model" in entry.targets and entry.unit == "token":
+        console.print(f"  salience see --method {entry.slug}", markup=False)
     console.print(f"  salience bench {entry.slug}      # rerun the paper's claim here", markup=False)
 
 

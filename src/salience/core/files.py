@@ -34,14 +34,23 @@ def write_text_atomic(path: str | Path, text: str) -> None:
     Raises:
         FileError: if the disk is full or the place cannot be written; an earlier file is intact.
     """
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_bytes_atomic(path: str | Path, content: bytes) -> None:
+    """Write a file, whole or not at all. Missing parent folders are made.
+
+    Raises:
+        FileError: as for `write_text_atomic`.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     with _explained(path):
         try:
             _refuse_file(path.parent)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("x", encoding="utf-8", newline="") as file:
-                file.write(text)
+            with temporary.open("xb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

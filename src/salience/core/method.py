@@ -27,7 +27,7 @@ class Method:
         job (str): the user's job it belongs to, one of `JOBS`.
         hosts (tuple[str, ...]): the libraries it lives in: "transformers", "peft", "torch", "datasets".
         needs (tuple[str, ...]): what it asks for beyond the target: "data", "grad", "teacher", "peft".
-        arxiv (str): the paper's arXiv id.
+        arxiv (str): the paper's arXiv id, empty for a baseline.
         title (str): the paper's title.
         conflicts (dict[str, str]): slug of a method that it cannot be combined with -> the reason.
     """

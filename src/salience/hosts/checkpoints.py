@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from salience.core.errors import ParameterError, SalienceError, require
 
-Kind = Literal["auto", "causal", "masked", "sequence"]
+Kind = Literal["auto", "causal", "masked", "sequence", "vision"]
 
 _AUTO_CLASSES = {
     "causal": "AutoModelForCausalLM",
     "masked": "AutoModelForMaskedLM",
     "sequence": "AutoModelForSequenceClassification",
+    "vision": "AutoModelForImageTextToText",
 }
 _ENDINGS = {
     "ForCausalLM": "causal",
@@ -67,7 +68,8 @@ def load_model(
 
     Args:
         source (str | Path): folder, or id on the hub such as "Qwen/Qwen3-0.6B".
-        kind (str): "causal", "masked", "sequence" (classification), or "auto": what the checkpoint says it is.
+        kind (str): "causal", "masked", "sequence" (classification), "vision" (reads pictures and text; its processor
+            is returned in place of the tokenizer), or "auto": what the checkpoint says it is, never "vision".
         dtype (str | torch.dtype): of the weights; "auto" is the checkpoint's own.
         device (str | torch.device | None): as for `check_device`; None stays on the CPU.
         revision (str | None): branch, tag or commit on the hub.
@@ -75,7 +77,7 @@ def load_model(
         num_labels (int | None): classes, for "sequence"; a head of another size is made new.
 
     Returns:
-        tuple: (PreTrainedModel, PreTrainedTokenizerBase).
+        tuple: (PreTrainedModel, PreTrainedTokenizerBase or ProcessorMixin).
 
     Raises:
         ParameterError: for a checkpoint that is not whole, holds a pickle, an adapter, NaN, or tensors that do not
@@ -95,11 +97,11 @@ def load_model(
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _loading(name, local=folder is not None):
         config, made = _config(name, kind, num_labels, local=folder is not None, hub=hub)
-        tokenizer = _tokenizer(name, hub)
+        tokenizer = _processor(name, hub) if made == "vision" else _tokenizer(name, hub)
         model = _model(name, config, made, dtype=dtype, relabelled=num_labels is not None, hub=hub)
     if folder is None:
         _require_finite(model.named_parameters(), f"{name} on the hub")
-    check_tokenizer(model, tokenizer)
+    check_tokenizer(model, tokenizer.tokenizer if made == "vision" else tokenizer)
     return (model if place is None else model.to(place)), tokenizer
 
 
@@ -252,9 +254,16 @@ def _config(
 
 
 def _kind(name: str, config: Any, kind: Kind) -> str:
+    architectures = list(config.architectures or [])
+    if kind == "vision":
+        from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+        own = _AUTO_CLASSES[kind] in (getattr(config, "auto_map", None) or {})
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not own:
+            shown = ", ".join(architectures) or type(config).__name__
+            raise ParameterError(f"model must be a vision-language model, got {shown} in {name}")
     if kind != "auto":
         return kind
-    architectures = list(config.architectures or [])
     for architecture in architectures:
         for ending, found in _ENDINGS.items():
             if architecture.endswith(ending):
@@ -272,6 +281,22 @@ def _tokenizer(name: str, hub: Mapping[str, Any]) -> Any:
         raise ParameterError(
             f"model must be a checkpoint with its tokenizer, got {name} ({_first_line(error)})"
         ) from error
+
+
+def _processor(name: str, hub: Mapping[str, Any]) -> Any:
+    from transformers import AutoProcessor, ProcessorMixin
+
+    try:
+        found = AutoProcessor.from_pretrained(name, **hub)
+    except (OSError, ValueError, ImportError) as error:
+        raise ParameterError(
+            f"model must be a checkpoint with its processor, got {name} ({_first_line(error)})"
+        ) from error
+    if not isinstance(found, ProcessorMixin):
+        raise ParameterError(
+            f"model must be a checkpoint with its processor, got {name} with a {type(found).__name__} alone"
+        )
+    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from salience.core.budget import top_mask
+from salience.core.errors import require
 from salience.core.losses import IGNORE
 from salience.hosts.attention import AttentionCall
 
@@ -98,6 +99,27 @@ class Stage:
 def keep_best(view: View, scores: Tensor, counts: Tensor) -> Choice:
     """Keep the `counts` [B] best image tokens of each row by `scores` [B, S]; ties go to the left."""
     return Choice(top_mask(scores, counts, view.vision), scores)
+
+
+def floor_share(count: Tensor, ratio: float) -> Tensor:
+    """`floor(ratio n)` for each row: how many of [B] image tokens a share keeps, [B]."""
+    # a product that is whole but for rounding counts as whole
+    return (count.double() * ratio + 1e-9).floor().long()
+
+
+def equal_stages(depth: int, drops: int, *, name: str) -> tuple[int, ...]:
+    """The layers in front of which `drops` decisions cut a decoder of `depth` layers into equal stages.
+
+    Args:
+        depth (int): layers of the decoder.
+        drops (int): decisions.
+        name (str): the parameter that says how many there are, for the error.
+
+    Raises:
+        ParameterError: if there are fewer layers than stages.
+    """
+    require(depth > drops, name, f"fewer than the decoder's {depth} layers", drops)
+    return tuple(depth * (stage + 1) // (drops + 1) for stage in range(drops))
 
 
 def questions(view: View) -> Tensor:

@@ -77,6 +77,7 @@ class Pruning(Part):
         found (VisionLanguage): where the model's parts are.
         stages (list[Stage]): decisions on the newest prompt.
         prompt (dict | None): what the newest prompt's model was called with, for pictures.
+        notes (dict): what else `spent` shows.
     """
 
     def __init__(self, found: VisionLanguage, record: Attachment, *, renumber: bool) -> None:
@@ -85,6 +86,7 @@ class Pruning(Part):
         self.encoder = Encoder(found, record)
         self.stages: list[Stage] = []
         self.prompt: Mapping[str, Any] | None = None
+        self.notes: dict[str, Any] = {}
         self._decide: dict[int, Decide] = {}
         self._renumber = renumber
         self._labels: Tensor | None = None
@@ -366,7 +368,7 @@ class Pruning(Part):
         shown["share of image token-layers"] = round(counts["spent"] / counts["token-layers"], 4)
         if counts["kv full"]:
             shown |= {"KV bytes": counts["kv"], "KV bytes without pruning": counts["kv full"]}
-        return shown
+        return shown | self.notes
 
 
 def prune(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from salience.core.files import write_text_atomic
 from salience.report.read import read_run
 from salience.report.view import page
 
-__all__ = ["build"]
+__all__ = ["build", "write_page"]
 
 
 def build(folder: str | Path) -> Path:
@@ -28,12 +30,25 @@ def build(folder: str | Path) -> Path:
         ParameterError: if a file is missing or broken; the text says which and why.
         WriteError: if the page cannot be written; an earlier one is intact.
     """
-    from jinja2 import Environment, StrictUndefined
+    return write_page(Path(folder) / "report.html", "page.html", page(read_run(Path(folder))))
 
-    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-    made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = made.from_string(template).render(page(read_run(Path(folder))))
-    path = Path(folder) / "report.html"
+
+def write_page(path: Path, template: str, values: Mapping[str, Any]) -> Path:
+    """Fill a template of this package and write it, whole or not at all.
+
+    Raises:
+        WriteError: if the page cannot be written; an earlier one is intact.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text = made.get_template(template).render(values)
     # halves of surrogate pairs can stand in JSON but in no file
     write_text_atomic(path, text.encode("utf-8", "replace").decode("utf-8"))
     return path

@@ -168,7 +168,7 @@ def _cell(text: str, **more: Any) -> dict[str, Any]:
 def _columns(arms: Arms, baseline: str | None) -> list[dict[str, Any]]:
     paint = pictures.colours(arms, baseline)
     return [
-        {"label": arm["label"], "colour": _variable(paint[name]), "baseline": name == baseline}
+        {"label": arm["label"], "colour": variable(paint[name]), "baseline": name == baseline}
         for name, arm in arms.items()
     ]
 
@@ -237,7 +237,7 @@ def _memory_rows(arms: Arms, baseline: str | None) -> list[dict[str, Any]]:
     rows = [
         {
             "name": name,
-            "colour": _variable(colour),
+            "colour": variable(colour),
             "cells": _cells(arms, baseline, partial(_part, key), bytes_text),
         }
         for key, name, colour in pictures.MEMORY
@@ -269,11 +269,12 @@ def _tasks(result: Mapping[str, Any], baseline: str | None) -> list[dict[str, An
 # pictures
 
 
-def _variable(colour: str) -> str:
+def variable(colour: str) -> str:
+    """A colour of the pictures as the page's theme has it."""
     return f"var({_THEME[colour]})" if colour in _THEME else colour
 
 
-def _drawn(draw: Callable[[int], Any], label: str, salt: str) -> dict[str, str]:
+def drawn(draw: Callable[[int], Any], label: str, salt: str) -> dict[str, str]:
     """The same picture for a page and for a phone, its neutral colours left to the page's theme."""
     shown = {}
     for name, width in (("wide", pictures.WIDE), ("narrow", pictures.NARROW)):
@@ -289,7 +290,7 @@ def _loss(run: Run, baseline: str | None) -> dict[str, str] | None:
     if not rows:
         return None
     labels = {arm: run.result["arms"][arm]["label"] for arm in rows}
-    return _drawn(
+    return drawn(
         lambda width: pictures.loss_curves(rows, labels=labels, baseline=baseline, width=width),
         "loss while training",
         "loss",
@@ -310,7 +311,7 @@ def _loss_notes(run: Run) -> list[str]:
 
 
 def _memory(arms: Arms, baseline: str | None) -> dict[str, str]:
-    return _drawn(
+    return drawn(
         lambda width: pictures.memory_bars(arms, baseline=baseline, width=width),
         "training memory by part",
         "memory",
@@ -326,10 +327,10 @@ def _map(arms: Arms, place: int, one: Recorded) -> dict[str, str]:
         unit, method = "unit", one.slug
     title = f"{method}: {one.name}"
     shown, until = {title: (unit, one.history)}, arms[one.arm].get("steps")
-    drawn = _drawn(
+    figures = drawn(
         lambda width: pictures.draw_histories(shown, until=until, width=width), title, f"map{place}"
     )
-    return {**drawn, "caption": f"{arms[one.arm]['label']}. {_map_caption(one, unit)}".strip()}
+    return {**figures, "caption": f"{arms[one.arm]['label']}. {_map_caption(one, unit)}".strip()}
 
 
 def _map_caption(one: Recorded, unit: str) -> str:

@@ -20,7 +20,6 @@ Differs from the official code in:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,7 +31,7 @@ from salience.core.errors import require
 from salience.core.method import Method
 from salience.core.part import Part, Site
 from salience.hosts.attention import AttentionCall, received
-from salience.hosts.choices import Choice, Decide, View, keep_best, questions
+from salience.hosts.choices import Choice, Decide, View, equal_stages, floor_share, keep_best, questions
 from salience.hosts.pruning import Pruning, prune
 
 _POSITIONS = ("auto", "renumber", "keep")
@@ -92,7 +91,7 @@ class PyramidDrop(Method):
         return prune(site.model, record, self._stages, positions=self.positions)
 
     def _stages(self, part: Pruning) -> dict[int, Decide]:
-        layers = self.layers or equal_stages(len(part.found.layers), len(self.ratios))
+        layers = self.layers or equal_stages(len(part.found.layers), len(self.ratios), name="ratios")
         return {layer: self._decide(ratio) for layer, ratio in zip(layers, self.ratios, strict=True)}
 
     def _decide(self, ratio: float) -> Decide:
@@ -102,16 +101,6 @@ class PyramidDrop(Method):
             return keep_best(view, scores, spend(view.count, ratio, self.min_tokens))
 
         return decide
-
-
-def equal_stages(depth: int, drops: int) -> tuple[int, ...]:
-    """The layers in front of which `drops` drops cut a decoder of `depth` layers into equal stages.
-
-    Raises:
-        ParameterError: if there are fewer layers than stages.
-    """
-    require(depth > drops, "ratios", f"fewer than the decoder's {depth} layers", drops)
-    return tuple(math.floor(depth * (stage + 1) / (drops + 1)) for stage in range(drops))
 
 
 def asked(view: View, query: tuple[int, ...]) -> Tensor:
@@ -139,5 +128,4 @@ def score(call: AttentionCall, rows: Tensor, valid: Tensor) -> Tensor:
 
 def spend(count: Tensor, ratio: float, min_tokens: int = 0) -> Tensor:
     """`n_s = floor(r_s n)` for each row: [B] of the prompt's image tokens [B]."""
-    kept = (count.double() * ratio + 1e-9).floor().long()
-    return torch.maximum(kept, count.clamp_max(min_tokens))
+    return torch.maximum(floor_share(count, ratio), count.clamp_max(min_tokens))

@@ -38,7 +38,7 @@ from salience.core.errors import require
 from salience.core.method import Method
 from salience.core.part import Part
 from salience.hosts.attention import AttentionCall, received
-from salience.hosts.choices import Choice, Decide, View
+from salience.hosts.choices import Choice, Decide, View, equal_stages
 from salience.hosts.encoder import EncoderMaps
 from salience.hosts.projection import Projection, feature_layer, pictures_of
 from salience.hosts.pruning import Pruning, prune
@@ -139,7 +139,11 @@ class VisionDrop(Method):
         plan = self.plan()
         later = len(plan) - (self.encoder is not None)
         layers: tuple[int, ...]
-        layers = self.layers if self.layers is not None else equal_stages(len(part.found.layers), later)
+        layers = (
+            self.layers
+            if self.layers is not None
+            else equal_stages(len(part.found.layers), later, name="stages")
+        )
         if self.encoder is not None:
             layers = (0, *layers)
         run = _Run(self, part, record)
@@ -256,16 +260,6 @@ def split(total: int) -> Counts:
     """An eighth of a stage's tokens, rounded up, is contextual, but never all: 48 are 42 and 6."""
     contextual = min(math.ceil(total / 8), total - 1)
     return total - contextual, contextual
-
-
-def equal_stages(depth: int, drops: int) -> tuple[int, ...]:
-    """The layers in front of which `drops` stages cut a decoder of `depth` layers into equal parts.
-
-    Raises:
-        ParameterError: if there are fewer layers than parts.
-    """
-    require(depth > drops, "stages", f"fewer than the decoder's {depth} layers", drops)
-    return tuple(depth * (stage + 1) // (drops + 1) for stage in range(drops))
 
 
 def _is_counts(pair: Any) -> bool:
