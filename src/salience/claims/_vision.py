@@ -28,8 +28,8 @@ from salience.sandbox import shapes, vision
 DEPTH, READING = 6, 2  # decoder layers, and the first of them that reads the image
 SHARES = {"1/4": 0.25, "1/8": 0.125, "1/16": 0.0625}
 LAYERS = (2, 3, 4)
-# few scenes a batch: random arms draw once for each
-_SCENES, _SCENE_SEED, _BATCH = 75, 100, 15
+_SCENES, _SCENE_SEED = 75, 100
+_BATCH, _RANDOM_BATCH = 75, 15  # random choices are drawn once for each batch
 Make = Callable[[float], Method]
 
 SETTING = (
@@ -112,10 +112,11 @@ def measure(seed: int, device: str, method: Method | None) -> Values:
     """
     model, processor = model_of(seed, device)
     right, kept_share, places = [], [], []
+    size = _RANDOM_BATCH if isinstance(method, RandomTokens) else _BATCH
     with contextlib.nullcontext() if method is None else focus(model, method) as handle:
         for kind in shapes.KINDS:
-            for start in range(0, _SCENES, _BATCH):
-                asked = _asked()[start : start + _BATCH]
+            for start in range(0, _SCENES, size):
+                asked = _asked()[start : start + size]
                 batch = vision.batch(processor, asked, kind)
                 answers = batch.pop("answers")
                 batch = {name: value.to(device) for name, value in batch.items()}

@@ -284,7 +284,7 @@ EXPERIMENT = Experiment(
         ),
     ),
     run=_run,
-    rates=(1e-3, 3e-3),
+    rates=(1e-3, 3e-3, 9e-3),
     tuned_on="visual 200",
     seeds=5,
     notes="Every arm has the rate that is best for its own visual words at 200 steps. A reference cannot tell a word "

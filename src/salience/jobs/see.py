@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DEFAULTS = ("pyramiddrop", "fastv")
+# the sandbox's models read the image from their third layer on, so nothing can be told before it
+SANDBOX_DEFAULTS = ("pyramiddrop:ratios=(0.5,0.2),layers=(2,3)", "fastv:keep=0.25,layer=3")
 PLAIN = "plain"
 _DTYPES = ("auto", "float32", "bfloat16")
 
@@ -36,7 +38,7 @@ class SeeSettings:
         model (str | None): local checkpoint or hub id; None takes the sandbox's model, which is trained in place.
         images (tuple[str, ...]): files; none with the sandbox's model takes one of its scenes.
         prompt (str | None): the question; None with a scene of the sandbox asks one of the scene's.
-        methods (tuple[str, ...]): `SLUG:key=value,...`; none takes `DEFAULTS`.
+        methods (tuple[str, ...]): `SLUG:key=value,...`; none takes `DEFAULTS`, or `SANDBOX_DEFAULTS`.
         max_new_tokens (int): of an answer, >= 1.
         max_pixels (int): of a picture file.
         device (str): "auto", "cpu", "cuda", ...
@@ -197,7 +199,8 @@ def tokens_text(counts: Sequence[int]) -> str:
 
 
 def _methods(settings: SeeSettings) -> list[Method]:
-    methods = [parse_method(text) for text in settings.methods or DEFAULTS]
+    usual = DEFAULTS if settings.model is not None else SANDBOX_DEFAULTS
+    methods = [parse_method(text) for text in settings.methods or usual]
     shown = [describe_method(method) for method in methods]
     for place, method in enumerate(methods):
         if "model" not in method.targets() or method.unit != "token":
