@@ -196,6 +196,8 @@ def test_model_attach_and_undo_leave_no_trace(slug):
         focused = outputs(model, slug)
         raise RuntimeError("inside")
     assert torch.equal(torch.get_rng_state(), random)
-    assert focused.shape == logits.shape and not torch.equal(focused, logits)
+    assert focused.shape == logits.shape
+    if "keep_all" in case:
+        assert not torch.equal(focused, logits)
     same(before, snapshot(model))
     assert torch.equal(outputs(model, slug), logits)

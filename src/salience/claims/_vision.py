@@ -38,9 +38,12 @@ SETTING = (
 )
 PAPER_LIMITS = (
     "One sandbox model of 6 layers and 144 image tokens, which reads the image from its third layer on by "
-    "construction; what is asked fills one to four tokens, so small budgets are enough once the question is known. "
-    "FastV scores by the layer in front of the drop, which in front of the first reading layer has not read; a layer "
-    "later it has, and one more layer sees the whole image (a mean of 1/4 more)."
+    "construction; what is asked fills one to four tokens, so small budgets are enough once the question is "
+    "known. FastV scores by the layer in front of the drop, which in front of the first reading layer has not "
+    "read; a layer later it has, and one more layer sees the whole image (a mean of 1/4 more). Survivors keep "
+    "their positions in all arms but one: this model tells where something is by its rotary position, and "
+    "counting survivors anew, as several papers do, takes that away. At first all arms but FastV counted "
+    "anew, and where-questions fell to chance."
 )
 
 
@@ -52,11 +55,12 @@ def staged(share: float) -> tuple[float, float, float]:
 
 
 BASELINES: dict[str, Make] = {
-    "random": lambda share: RandomTokens(ratios=(share,), layers=(READING,)),
-    "random in stages": lambda share: RandomTokens(ratios=staged(share), layers=LAYERS),
+    "random": lambda share: RandomTokens(ratios=(share,), layers=(READING,), positions="keep"),
+    "random in stages": lambda share: RandomTokens(ratios=staged(share), layers=LAYERS, positions="keep"),
     "FastV": lambda share: FastV(keep=share, layer=READING),
     "FastV a layer later": lambda share: FastV(keep=share, layer=READING + 1),
-    "PyramidDrop": lambda share: PyramidDrop(ratios=staged(share), layers=LAYERS),
+    "PyramidDrop": lambda share: PyramidDrop(ratios=staged(share), layers=LAYERS, positions="keep"),
+    "PyramidDrop, renumbered": lambda share: PyramidDrop(ratios=staged(share), layers=LAYERS),
 }
 METRICS = {
     f"{what} at {name}": f"{text}, with a mean of {name} of the image tokens in the layers that read them"

@@ -8,7 +8,7 @@ _ARMS: dict[str, Make | None] = {
     "unpruned": None,
     "random": BASELINES["random"],
     "PyramidDrop": BASELINES["PyramidDrop"],
-    "ToMe": lambda share: ToMe(keep=share, layer=READING),
+    "ToMe": lambda share: ToMe(keep=share, layer=READING, positions="keep"),
 }
 
 EXPERIMENT = Experiment(

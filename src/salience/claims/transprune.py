@@ -6,7 +6,7 @@ from salience.methods.tokens.transprune import TransPrune
 
 
 def _arm(**settings: object) -> Make:
-    return lambda share: TransPrune(ratios=staged(share), prune=LAYERS, **settings)  # type: ignore[arg-type]
+    return lambda share: TransPrune(ratios=staged(share), prune=LAYERS, positions="keep", **settings)  # type: ignore[arg-type]
 
 
 _ARMS: dict[str, Make | None] = {

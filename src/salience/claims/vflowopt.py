@@ -98,10 +98,10 @@ def _searched(seed: int, device: str, budget: float) -> VFlowOpt:
 
 def _method(arm: str, seed: int, device: str, budget: float) -> Method | None:
     if arm == "random":
-        return RandomTokens(ratios=(budget,), layers=(0,))
+        return RandomTokens(ratios=(budget,), layers=(0,), positions="keep")
     if arm == "encoder alone":
         counts = split(max(2, int(budget * _TOKENS)))
-        return VisionDrop(encoder=counts, stages=(), layers=(), encoder_layer=_ENCODER)
+        return VisionDrop(encoder=counts, stages=(), layers=(), encoder_layer=_ENCODER, positions="keep")
     if arm == "plain settings":
         return replace(_base(seed, device), ratios=(budget, 1.0, 1.0), recycle=False)
     if arm in ("searched", "not recycled"):

@@ -16,7 +16,11 @@ def _full(merge: bool) -> Make:
     def make(share: float) -> VisionDrop:
         pairs = [split(count) if merge else (count, 0) for count in _counts(share)]
         return VisionDrop(
-            encoder=pairs[0], stages=tuple(pairs[1:]), layers=LAYERS[1:], encoder_layer=_ENCODER
+            encoder=pairs[0],
+            stages=tuple(pairs[1:]),
+            layers=LAYERS[1:],
+            encoder_layer=_ENCODER,
+            positions="keep",
         )
 
     return make
@@ -25,14 +29,18 @@ def _full(merge: bool) -> Make:
 def _decoder(merge: bool, causal: bool) -> Make:
     def make(share: float) -> VisionDrop:
         pairs = tuple(split(count) if merge else (count, 0) for count in _counts(share))
-        return VisionDrop(encoder=None, stages=pairs, layers=LAYERS, causal_scores=causal)
+        return VisionDrop(encoder=None, stages=pairs, layers=LAYERS, causal_scores=causal, positions="keep")
 
     return make
 
 
 def _encoder(share: float) -> VisionDrop:
     return VisionDrop(
-        encoder=split(max(2, int(share * _TOKENS))), stages=(), layers=(), encoder_layer=_ENCODER
+        encoder=split(max(2, int(share * _TOKENS))),
+        stages=(),
+        layers=(),
+        encoder_layer=_ENCODER,
+        positions="keep",
     )
 
 
