@@ -1,10 +1,11 @@
 """What the claims of methods on image tokens share: the sandbox's vision model asked about scenes, on a budget.
 
 One model is trained for each seed (cached); every arm prunes that same model without further training and is asked
-the same questions about the same unseen scenes. The budget is the mean number of image tokens in the layers that can
-read the image (all but the first two), as a share of all 144: methods with several stages are given more tokens at
-first and fewer at last, so that all arms spend alike. Beside the right answers it is counted how much of what the
-question is about was kept, and where in the picture kept tokens lie.
+the same questions about the same unseen scenes. The model has seen pictures with background patches left out. The
+budget is the mean number of image tokens in the layers that can read the image (all but the first two), as a share
+of all 144: methods with several stages are given more tokens at first and fewer at last, so that all arms spend
+alike. Beside the right answers it is counted how much of what the question is about was kept, and where in the
+picture kept tokens lie.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ _BATCH, _RANDOM_BATCH = 75, 15  # random choices are drawn once for each batch
 Make = Callable[[float], Method]
 
 SETTING = (
-    "LLaVA of 6 layers and 144 image tokens trained here on generated scenes with textured distractors; never "
-    "trained with pruning; budget: mean image tokens in the four layers that read the image"
+    "LLaVA of 6 layers and 144 image tokens trained here on generated scenes with textured distractors; in "
+    "training background patches were left out at random, never those asked about, and no method pruned; "
+    "budget: mean image tokens in the four layers that read the image"
 )
 PAPER_LIMITS = (
     "One sandbox model of 6 layers and 144 image tokens, which reads the image from its third layer on by "
