@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from salience.claims.harness import load_evidence
 
 CLAIMS = Path(__file__).parent / "results" / "claims"
-SHARES = {"1/16": 1 / 16, "1/8": 1 / 8, "1/4": 1 / 4}
+SHARES = {"1/16": 1 / 16, "1/10": 1 / 10, "1/8": 1 / 8, "1/4": 1 / 4}
 # evidence, arm, name on the chart, colour, dashes
 LINES = (
     ("pyramiddrop", "PyramidDrop", "PyramidDrop", "#0072b2", "-"),
@@ -23,6 +23,8 @@ LINES = (
     ("visiondrop", "decoder, causal, not merged", "the same with the official causal mask", "#d55e00", ":"),
     ("pyramiddrop", "FastV a layer later", "FastV a layer later (a quarter more)", "#997700", "-"),
     ("pyramiddrop", "FastV", "FastV before the first reading layer", "#997700", ":"),
+    ("vflowopt", "searched", "VFlowOpt, searched (share of all layers)", "#56b4e9", "-"),
+    ("vflowopt", "plain settings", "VFlowOpt, plain settings (of all layers)", "#56b4e9", ":"),
     ("tome", "ToMe", "ToMe", "#cc79a7", "-"),
     ("pyramiddrop", "random in stages", "random, in stages", "#5c6673", "--"),
     ("pyramiddrop", "random", "random", "#5c6673", ":"),
@@ -42,8 +44,9 @@ def main():
     for slug, arm, name, colour, dashes in LINES:
         evidence = load_evidence(CLAIMS / f"{slug}.json")
         rows = evidence.values[arm]
-        found = {share: [row[f"accuracy at {share}"] for row in rows] for share in SHARES}
-        places, means = list(SHARES.values()), [fmean(found[share]) for share in SHARES]
+        measured = [share for share in SHARES if f"accuracy at {share}" in rows[0]]
+        found = {share: [row[f"accuracy at {share}"] for row in rows] for share in measured}
+        places, means = [SHARES[share] for share in measured], [fmean(found[share]) for share in measured]
         axes.plot(places, means, dashes, color=colour, label=name, marker="o", markersize=4)
         axes.vlines(
             places, [min(v) for v in found.values()], [max(v) for v in found.values()], colour, alpha=0.35

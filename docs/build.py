@@ -92,14 +92,21 @@ def table(prefix: str) -> str:
 def headline(entry: Entry) -> str:
     measured = read(entry.slug)
     if measured is None:
-        return "not run yet"
+        return "not run yet" if claimed(entry) else "a baseline, it claims nothing"
     judged = next(j for j in measured.judged if j.statement["headline"])
     return f"**{judged.verdict}**: {judged.statement['says']} ({numbers(judged)})"
+
+
+def claimed(entry: Entry) -> bool:
+    """Whether there is an experiment."""
+    return (ROOT / "src" / "salience" / "claims" / f"{entry.slug.replace('-', '_')}.py").is_file()
 
 
 def evidence(entry: Entry) -> str:
     """Arms, verdicts and circumstances of the committed run."""
     measured = read(entry.slug)
+    if measured is None and not claimed(entry):
+        return "An arm in the experiments of the other methods on the same unit; it claims nothing itself.\n"
     if measured is None:
         return f"Not run yet: `salience bench {entry.slug}`.\n"
     names = list(measured.metrics)

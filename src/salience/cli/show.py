@@ -46,7 +46,8 @@ def show(
         console.print(f"  salience tune --method {entry.slug}", markup=False)
     if "model" in entry.targets and entry.unit == "token":
         console.print(f"  salience see --method {entry.slug}", markup=False)
-    console.print(f"  salience bench {entry.slug}      # rerun the paper's claim here", markup=False)
+    if entry.arxiv:
+        console.print(f"  salience bench {entry.slug}      # rerun the paper's claim here", markup=False)
 
 
 def _attributes(text: str) -> dict[str, str]:
