@@ -76,41 +76,32 @@ def prompt_of(tokens, device, dtype):
 
 def staged(keep, depth):
     """Layers and ratios of three stages that fall by one factor, with a mean of `keep` over all layers."""
-    layers = tuple(depth * (i + 1) // 4 for i in range(3))
+    layers = tuple(max(i + 1, depth // part) for i, part in enumerate((12, 6, 3)))
     spans = [layers[0], layers[1] - layers[0], layers[2] - layers[1], depth - layers[2]]
-    # the first stage sees all; what is left of the budget falls by a factor that meets the mean
     low, high = 0.0, 1.0
     for _ in range(60):
         factor = (low + high) / 2
-        mean = sum(s * factor**i for i, s in enumerate(spans)) / depth
+        mean = sum(span * factor**i for i, span in enumerate(spans)) / depth
         low, high = (factor, high) if mean < keep else (low, factor)
     return layers, tuple(factor ** (i + 1) for i in range(3))
 
 
 def arms_of(keep, depth, tokens):
-    """Arms with the same mean number of image tokens over all layers; those that start late only where they can."""
-    images = tokens // PER_IMAGE
-    layer = 2
+    """Arms with the same mean number of image tokens over all layers."""
+    layer = 2 if keep * depth > 2 else 1
     single = (keep * depth - layer) / (depth - layer)
-    arms = {"unpruned": None}
-    if single > 0:
-        arms["FastV"] = sal.FastV(keep=single, layer=layer)
-        arms["random, once"] = sal.RandomTokens(ratios=(single,), layers=(layer,))
     layers, ratios = staged(keep, depth)
-    if keep > layers[0] / depth:
-        arms["PyramidDrop"] = sal.PyramidDrop(ratios=ratios, layers=layers)
-        arms["random, in stages"] = sal.RandomTokens(ratios=ratios, layers=layers)
-    early = (max(1, depth // 6), depth // 3, depth // 2)
-    shares = [s * keep / 0.5 for s in (0.6, 0.35, 0.1)]
-    arms["TransPrune"] = sal.TransPrune(
-        accumulate=tuple(range(early[0], early[2] + 1)),
-        prune=early,
-        ratios=tuple(min(1.0, s) for s in shares),
-    )
-    arms["random, as TransPrune"] = sal.RandomTokens(ratios=tuple(min(1.0, s) for s in shares), layers=early)
-    arms["VisionDrop"] = sal.VisionDrop(tokens=int(keep * PER_IMAGE) * images)
-    arms["VFlowOpt"] = sal.VFlowOpt(ratios=(keep, 1.0, 1.0), layers=(depth // 3, 2 * depth // 3), t=1.0)
-    return arms
+    images = tokens // PER_IMAGE
+    return {
+        "unpruned": None,
+        "FastV": sal.FastV(keep=single, layer=layer),
+        "random, once": sal.RandomTokens(ratios=(single,), layers=(layer,)),
+        "PyramidDrop": sal.PyramidDrop(ratios=ratios, layers=layers),
+        "TransPrune": sal.TransPrune(prune=layers, ratios=ratios),
+        "random, in stages": sal.RandomTokens(ratios=ratios, layers=layers),
+        "VisionDrop": sal.VisionDrop(tokens=int(keep * PER_IMAGE) * images),
+        "VFlowOpt": sal.VFlowOpt(ratios=(keep, 1.0, 1.0), layers=(depth // 3, 2 * depth // 3), t=1.0),
+    }
 
 
 def sync(device):
@@ -163,10 +154,14 @@ def measure(model, batch, arms, rounds, device, step):
             "KV bytes": kv[name],
             "KV ratio": kv[name] / kv["unpruned"] if kv["unpruned"] else None,
         }
+    # against FastV at the same share
+    for row in rows.values():
+        if "FastV" in rows:
+            row["time against FastV"] = row["seconds"] / rows["FastV"]["seconds"]
     for name, schedule in (
         ("FastV", "random, once"),
         ("PyramidDrop", "random, in stages"),
-        ("TransPrune", "random, as TransPrune"),
+        ("TransPrune", "random, in stages"),
     ):
         if name in rows and schedule in rows:
             extra = [
