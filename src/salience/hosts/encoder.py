@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,6 +79,25 @@ class Encoder:
         return encode
 
 
+def unpacked(call: AttentionCall) -> list[AttentionCall]:
+    """A call over several pictures in one row, as flash attention takes them, as one call for each picture."""
+    borders = call.options.get("cu_seq_lens_q")
+    if borders is None:
+        return [call]
+    options = {name: value for name, value in call.options.items() if not name.startswith("cu_seq_lens")}
+    return [
+        replace(
+            call,
+            query=call.query[:, :, start:end],
+            key=call.key[:, :, start:end],
+            value=call.value[:, :, start:end],
+            mask=None,
+            options=options,
+        )
+        for start, end in itertools.pairwise(borders.tolist())
+    ]
+
+
 class EncoderMaps:
     """Values per patch, measured in one attention layer of the vision tower, and brought to the image tokens.
 
@@ -118,7 +139,9 @@ class EncoderMaps:
 
     def _see(self, call: AttentionCall) -> None:
         # packed towers call once for each picture, others once for a batch of them
-        self.views.setdefault(self._encoder.modality, []).extend(self._measure(call))
+        views = self.views.setdefault(self._encoder.modality, [])
+        for one in unpacked(call):
+            views.extend(self._measure(one))
 
     def at_tokens(
         self, view: View, values: dict[str, list[Tensor]] | None = None, *, newline: float = 0.0
