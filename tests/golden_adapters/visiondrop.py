@@ -3,37 +3,13 @@ attention as the queries and keys that give it.
 """
 
 import torch
+from golden_layers import llama_layer
 
 from salience.hosts.attention import AttentionCall, ask
 from salience.hosts.choices import View
 from salience.hosts.sequences import gathering, renumbered, rows_at
 from salience.methods.tokens._merging import choose
 from salience.methods.tokens.visiondrop import head_keys, measure, score
-
-
-def llama_layer(tensors, parameters):
-    """A decoder layer and a rotary embedding of transformers with the stored norm, query and key weights."""
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
-
-    config = LlamaConfig(
-        hidden_size=tensors["features"].shape[-1],
-        num_attention_heads=parameters["num_heads"],
-        num_key_value_heads=parameters["num_key_value_heads"],
-        head_dim=parameters["head_dim"],
-        rms_norm_eps=parameters["rms_norm_eps"],
-        attn_implementation="sdpa",
-    )
-    layer = LlamaDecoderLayer(config, 0)
-    layer.load_state_dict(
-        {
-            "input_layernorm.weight": tensors["ln_weight"],
-            "self_attn.q_proj.weight": tensors["q_weight"],
-            "self_attn.k_proj.weight": tensors["k_weight"],
-        },
-        strict=False,
-    )
-    return layer.eval(), LlamaRotaryEmbedding(config)
 
 
 def view_of(hidden, vision, call):
