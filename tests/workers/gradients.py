@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "core")]
 
 from conftest import losses_of, ragged_samples, tiny_gpt2, tiny_trainer
+from leaving import leave
 from safetensors.torch import save_file
 from test_loop import MIXES
 from transformers import TrainerCallback
@@ -60,3 +61,4 @@ def main(folder, batch, accumulation):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

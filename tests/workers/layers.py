@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.distributed as dist
 from conftest import collate, losses_of, ragged_samples, tiny_llama, tiny_trainer, with_lora
+from leaving import leave
 from safetensors.torch import save_file
 
 import salience as sal
@@ -114,10 +115,9 @@ def in_a_loop(out, case):
         seen["inside"] = torch.tensor([name in inside for name in names])
     weights = {f"weight.{name}": whole(p.detach()).contiguous() for name, p in names.items()}
     save_file({**seen, **weights}, f"{out}.{rank}")
-    if ranks > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     run = in_a_trainer if "trainer" in sys.argv[2] else in_a_loop
     run(*sys.argv[1:])
+    leave()

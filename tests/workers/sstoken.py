@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import ragged_samples, tiny_gpt2, tiny_trainer
 from gradients import step
+from leaving import leave
 from safetensors.torch import save_file
 
 import salience as sal
@@ -35,3 +36,4 @@ def main(folder, batch, accumulation, history):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()
