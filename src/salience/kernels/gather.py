@@ -1,0 +1,147 @@
+"""Attention over chosen keys by gathering them: any block size, any device, with gradients; the kernel of the CPU.
+
+For each query block the listed keys are copied side by side and multiplied as one small dense matrix. Query blocks
+with lists of about the same length go together, a slice at a time that stays in the processor's cache, so memory is
+that of the output. Keys that all rows of a query block see need no mask; only those around the diagonal and in the
+rows' windows get one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from salience.kernels.blocks import KeyBlocks, Split, split
+
+# scores held at a time, in elements: 2 MiB in fp32; more falls out of the cache of a CPU core
+_SLICE_CPU = 1 << 19
+_SLICE = 1 << 25
+# lists that are filled up to the longest of their slice may waste this share
+_WASTE = 0.15
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: KeyBlocks,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """As `naive.attend`, in at least fp32, without a tail.
+
+    Args:
+        query (Tensor): [B, H, Q, D].
+        key (Tensor): [B, Hkv, K, D].
+        value (Tensor): [B, Hkv, K, Dv].
+        blocks (KeyBlocks): for these Q and K; `tail` is 0.
+        scaling (float): factor of the logits.
+        softcap (float | None): soft cap of the logits.
+
+    Returns:
+        Tensor: [B, H, Q, Dv] in the query's dtype; 0 in rows that see nothing. Differentiable in all three inputs.
+    """
+    batch, heads, length, width = query.shape
+    groups = key.shape[1]
+    # lists that serve all heads serve the query heads of a key head in one product
+    shared = blocks.count.shape[1] == 1 and groups < heads
+    owners = groups if shared or heads == groups else heads
+    fold, size, count = heads // owners, blocks.q_block, blocks.count.shape[2]
+    precise = torch.promote_types(query.dtype, torch.float32)
+    rows = torch.nn.functional.pad(query, (0, 0, 0, count * size - length)).to(precise) * scaling
+    rows = rows.view(batch, owners, fold, count, size, width).transpose(2, 3)
+    rows = rows.reshape(batch * owners * count, fold * size, width)
+
+    item = torch.arange(len(rows), device=query.device)
+    owner = item // count
+    group = owner // owners * groups + owner % owners // (owners // groups)
+    listing = blocks.count.shape[1]
+    source = owner // owners * (listing * count) + (owner % owners if listing > 1 else 0) * count + item % count
+    found = split(blocks)
+    plan = Split(*(one.flatten(0, 2) for one in (found.full, found.edge, found.member, found.first)))
+    index = blocks.index.flatten(0, 2)
+    step, held_key, held_value = _stacked(key, value, blocks.k_block)
+    within = torch.arange(blocks.k_block, device=query.device)
+
+    order = plan.full[source].argsort()
+    differentiable = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+    out = None if differentiable else rows.new_empty(len(rows), fold * size, value.shape[-1])
+    pieces = []
+    for part, most in _slices(plan.full[source[order]], order, fold * size, blocks.k_block, plan.member.shape[1]):
+        own = source[part]
+        stretch = plan.edge[own].unsqueeze(-1) + torch.arange(plan.member.shape[1], device=query.device)
+        chosen = torch.cat((index[own, :most].long(), stretch), 1)
+        taken = (group[part].unsqueeze(-1) * step + chosen.clamp_max(step - 1)).flatten()
+        held = held_key.index_select(0, taken).view(len(part), -1, width).to(precise)
+        scores = rows.index_select(0, part) @ held.transpose(1, 2)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        ready = most * blocks.k_block
+        edge = (stretch.unsqueeze(-1) * blocks.k_block + within).flatten(1)
+        dead = _mask(scores, edge, ready, plan, own, blocks, fold)
+        held = held_value.index_select(0, taken).view(len(part), -1, value.shape[-1]).to(precise)
+        made = scores.softmax(-1) @ held
+        made = made if dead is None else made.masked_fill(dead, 0.0)
+        if out is None:
+            pieces.append(made)
+        else:
+            out.index_copy_(0, part, made)
+    made = torch.cat(pieces)[order.argsort()] if out is None else out
+    made = made.view(batch, owners, count, fold, size, -1).transpose(2, 3)
+    return made.reshape(batch, heads, count * size, -1)[:, :, :length].to(query.dtype)
+
+
+def _stacked(key: Tensor, value: Tensor, k_block: int) -> tuple[int, Tensor, Tensor]:
+    """Key blocks of a key head, and the blocks of all as rows: [B Hkv blocks, k_block D] of keys and of values."""
+    missing = -key.shape[2] % k_block
+    if missing:
+        key, value = (torch.nn.functional.pad(one, (0, 0, 0, missing)) for one in (key, value))
+    held = [one.reshape(-1, k_block * one.shape[-1]) for one in (key, value)]
+    return key.shape[2] // k_block, held[0], held[1]
+
+
+def _slices(
+    full: Tensor, order: Tensor, rows: int, k_block: int, span: int
+) -> Iterator[tuple[Tensor, int]]:
+    """Items in slices, and the longest list in each; `full` rises."""
+    most = _SLICE_CPU if full.device.type == "cpu" else _SLICE
+    counts = full.tolist()
+    start = 0
+    while start < len(counts):
+        stop = start + 1
+        allowed = counts[start] + _WASTE * (counts[start] + span) + 1
+        while stop < len(counts) and counts[stop] <= allowed:
+            if (stop + 1 - start) * rows * (counts[stop] + span) * k_block > most:
+                break
+            stop += 1
+        yield order[start:stop], counts[stop - 1]
+        start = stop
+
+
+def _mask(
+    scores: Tensor, edge: Tensor, ready: int, plan: Split, own: Tensor, blocks: KeyBlocks, fold: int
+) -> Tensor | None:
+    """Put -inf where a row does not see a key; returns the rows that see nothing, [S, R, 1], if there are any."""
+    full = plan.full[own]
+    # lists rise in length within a slice: what the first one fills, all fill
+    filled = int(full[0]) * blocks.k_block
+    if filled < ready:
+        slots = torch.arange(filled, ready, device=scores.device) // blocks.k_block
+        scores[..., filled:ready].masked_fill_((slots >= full.unsqueeze(-1)).unsqueeze(1), -torch.inf)
+    place = plan.first[own].unsqueeze(-1) + torch.arange(blocks.q_block, device=scores.device)
+    place = place.unsqueeze(-1)
+    edge = edge.unsqueeze(1)
+    seen = plan.member[own].repeat_interleave(blocks.k_block, 1).unsqueeze(1) | (edge > place - blocks.window)
+    seen = seen & (edge <= place)
+    alive = seen.any(-1, keepdim=True) | (full > 0).view(-1, 1, 1)
+    dead = None
+    if not bool(alive.all()):
+        # their scores stay finite so that neither the output nor a gradient is NaN
+        seen = seen | ~alive
+        dead = (~alive).repeat(1, fold, 1)
+    split = scores[..., ready:].view(len(own), fold, blocks.q_block, -1)
+    split.masked_fill_(~seen.unsqueeze(1), -torch.inf)
+    return dead
