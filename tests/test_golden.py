@@ -17,8 +17,11 @@ from safetensors.torch import load_file
 HERE = Path(__file__).parent
 # methods that have no numbers of an official code, and why
 WITHOUT = {
+    "block-top-k": "a baseline; its official code chooses inside a GPU kernel",
+    "dense-attention": "a baseline without a paper",
     "fastv": "its official code is a patched model without a function of its own to call",
     "random-tokens": "a baseline without a paper",
+    "streaming-llm": "a baseline; its official code drops keys from a cache and computes no map",
     "tome": "its official code merges in a vision transformer, ours in a decoder",
 }
 FOLDER = Path(os.environ.get("SALIENCE_GOLDEN", HERE / "golden"))

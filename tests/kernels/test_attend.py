@@ -1,4 +1,4 @@
-"""Every kernel against the specification: odd sizes, heads, windows, tails, soft caps, gradients, and what it costs."""
+"""Every kernel against the specification: odd sizes, heads, windows, tails, soft caps, gradients, and memory."""
 
 import shutil
 import subprocess
@@ -67,9 +67,7 @@ def by_hand(query, key, value, mask, blocks, scaling, softcap=None):
                     seen = list(range(p + 1))
                 else:
                     row = mask[b, h if mask.shape[1] > 1 else 0, r // blocks.q_block]
-                    seen = [
-                        j for j in range(p + 1) if row[j // blocks.k_block] or p - blocks.window < j
-                    ]
+                    seen = [j for j in range(p + 1) if row[j // blocks.k_block] or p - blocks.window < j]
                 if seen:
                     logits = (key[b, group, seen].double() @ query[b, h, r].double()) * scaling
                     if softcap is not None:
@@ -208,7 +206,9 @@ def test_what_is_wrong_with_lists_is_said():
     with pytest.raises(ParameterError, match="backend must be one of auto, "):
         kernels.attend(*inputs, blocks, scaling=1.0, backend="magic")
     small, _ = blocks_of("pairs of keys and a window", 0.3)
-    with pytest.raises(ParameterError, match="'flex': flex_attention needs blocks that are multiples of 16, got 64 x 2"):
+    with pytest.raises(
+        ParameterError, match="'flex': flex_attention needs blocks that are multiples of 16, got 64 x 2"
+    ):
         kernels.attend(*inputs_of("pairs of keys and a window"), small, scaling=1.0, backend="flex")
 
 
@@ -225,7 +225,7 @@ def test_which_kernel_runs_is_told():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="flex_attention on a CPU needs a C++ compiler")
 @pytest.mark.parametrize(
     ("case", "softcap"),
-    [("a block and one", None), ("shared lists behind a cache", 3.0), ("a tail", None), ("behind a cache", None)],
+    [("shared lists behind a cache", 3.0), ("a tail", None)],
 )
 @pytest.mark.parametrize("density", [0.0, 0.4])
 def test_flex_attention_agrees_with_naive(case, softcap, density):

@@ -23,7 +23,15 @@ from salience.core.loop import evaluating
 from salience.hosts.attention_call import AttentionCall
 from salience.hosts.transformers import structure
 
-__all__ = ["AttentionCall", "ask", "attention_mass", "attention_module", "observe", "received"]
+__all__ = [
+    "AttentionCall",
+    "ask",
+    "attention_mass",
+    "attention_module",
+    "intercept",
+    "observe",
+    "received",
+]
 
 Function = Callable[..., tuple[Tensor, Tensor | None]]
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
@@ -81,7 +89,7 @@ def observe(module: nn.Module, record: Attachment, see: Callable[[AttentionCall]
             see(call)
         return original()
 
-    _intercept(module, record, watched)
+    intercept(module, record, watched)
 
 
 @torch.no_grad()
@@ -210,7 +218,7 @@ def received(
     return mass / counts.clamp_min(1).unsqueeze(-1)
 
 
-def _intercept(
+def intercept(
     module: nn.Module, record: Attachment, act: Callable[[AttentionCall, Callable[[], Any]], Any]
 ) -> None:
     """While `module` runs, `act(call, original)` stands in for its attention function; `original()` runs that."""

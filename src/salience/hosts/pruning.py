@@ -400,6 +400,10 @@ def prune(
         )
     if vars(found.text).get("_salience_pruned") is not None:
         raise ConflictError(f"image tokens of {found.name} must be pruned by one method at a time, got two")
+    if vars(found.text).get("_salience_keys") is not None:
+        raise ConflictError(
+            f"{found.name} must be read by one method at a time, got a second beside chosen keys"
+        )
     record.set(found.text, "_salience_pruned", True)
     part = Pruning(found, record, renumber=positions != "keep" and not found.spatial_positions)
     stages = decide(part)

@@ -31,7 +31,7 @@ def which(
     """
     require(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", backend)
     grad = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
-    reasons = []
+    reasons: list[str] = []
     order = ("flex", "gather") if query.device.type == "cuda" else ("gather",)
     for name in order if backend == "auto" else (backend,):
         reason = None

@@ -48,12 +48,16 @@ class KeyBlocks:
     def __post_init__(self) -> None:
         require(self.q_block >= 1, "q_block", ">= 1", self.q_block)
         require(self.k_block >= 1, "k_block", ">= 1", self.k_block)
-        require(0 <= self.queries <= self.keys, "queries", f"in [0, {self.keys}] for so many keys", self.queries)
+        require(
+            0 <= self.queries <= self.keys, "queries", f"in [0, {self.keys}] for so many keys", self.queries
+        )
         require(self.window >= 0, "window", ">= 0", self.window)
         require(0 <= self.tail <= self.queries, "tail", f"in [0, {self.queries}]", self.tail)
         blocks = -(-(self.queries - self.tail) // self.q_block)
         wanted = f"[B, H, {blocks}] for {self.queries - self.tail} rows in blocks of {self.q_block}"
-        require(self.count.dim() == 3 and self.count.shape[2] == blocks, "count", wanted, list(self.count.shape))
+        require(
+            self.count.dim() == 3 and self.count.shape[2] == blocks, "count", wanted, list(self.count.shape)
+        )
         require(self.index.shape[:3] == self.count.shape, "index", f"{wanted} x M", list(self.index.shape))
 
     @property
@@ -85,7 +89,9 @@ class KeyBlocks:
         seen = (keys > place - self.window) | (rows >= self.rows).unsqueeze(-1)
         seen = seen.expand(*self.count.shape[:2], len(rows), self.keys)
         if self.index.shape[-1] and self.rows:
-            block, of_row = (rows.clamp_max(self.rows - 1) // self.q_block).unique_consecutive(return_inverse=True)
+            block, of_row = (rows.clamp_max(self.rows - 1) // self.q_block).unique_consecutive(
+                return_inverse=True
+            )
             shape = (*self.count.shape[:2], len(block), -(-self.keys // self.k_block))
             kept = torch.zeros(shape, dtype=torch.int8, device=device)
             listed = self.listed[:, :, block].to(torch.int8)
@@ -201,7 +207,7 @@ class Split:
 
 
 def split(blocks: KeyBlocks) -> Split:
-    """Divide lists so that only the keys of the stretch need a mask; the blocks behind it are in every row's future."""
+    """Divide lists so that only the stretch needs a mask; the blocks behind it are in every row's future."""
     size, keys_in = blocks.q_block, blocks.k_block
     first = torch.arange(blocks.count.shape[2], device=blocks.index.device) * size + blocks.offset
     first = first.expand(blocks.count.shape)

@@ -27,7 +27,7 @@ def unfit(query: Tensor, blocks: KeyBlocks) -> str | None:
         return f"flex_attention needs blocks that are multiples of {_LEAST}, got {blocks.q_block} x {blocks.k_block}"
     if query.device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++")):
         return "flex_attention on a CPU needs a C++ compiler, found neither g++ nor clang++"
-    if query.device.type == "cuda" and not torch.utils._triton.has_triton():  # type: ignore[attr-defined]
+    if query.device.type == "cuda" and not torch.utils._triton.has_triton():
         return "flex_attention on a GPU needs triton, which is not installed or does not know this GPU"
     return None
 

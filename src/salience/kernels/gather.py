@@ -59,7 +59,9 @@ def attend(
     owner = item // count
     group = owner // owners * groups + owner % owners // (owners // groups)
     listing = blocks.count.shape[1]
-    source = owner // owners * (listing * count) + (owner % owners if listing > 1 else 0) * count + item % count
+    source = (
+        owner // owners * (listing * count) + (owner % owners if listing > 1 else 0) * count + item % count
+    )
     found = split(blocks)
     plan = Split(*(one.flatten(0, 2) for one in (found.full, found.edge, found.member, found.first)))
     index = blocks.index.flatten(0, 2)
@@ -70,7 +72,9 @@ def attend(
     differentiable = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
     out = None if differentiable else rows.new_empty(len(rows), fold * size, value.shape[-1])
     pieces = []
-    for part, most in _slices(plan.full[source[order]], order, fold * size, blocks.k_block, plan.member.shape[1]):
+    for part, most in _slices(
+        plan.full[source[order]], order, fold * size, blocks.k_block, plan.member.shape[1]
+    ):
         own = source[part]
         stretch = plan.edge[own].unsqueeze(-1) + torch.arange(plan.member.shape[1], device=query.device)
         chosen = torch.cat((index[own, :most].long(), stretch), 1)
@@ -103,9 +107,7 @@ def _stacked(key: Tensor, value: Tensor, k_block: int) -> tuple[int, Tensor, Ten
     return key.shape[2] // k_block, held[0], held[1]
 
 
-def _slices(
-    full: Tensor, order: Tensor, rows: int, k_block: int, span: int
-) -> Iterator[tuple[Tensor, int]]:
+def _slices(full: Tensor, order: Tensor, rows: int, k_block: int, span: int) -> Iterator[tuple[Tensor, int]]:
     """Items in slices, and the longest list in each; `full` rises."""
     most = _SLICE_CPU if full.device.type == "cpu" else _SLICE
     counts = full.tolist()
