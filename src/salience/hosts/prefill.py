@@ -9,6 +9,7 @@ no map of T x T is ever built. Rows without padding go to the method; what it re
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,6 +94,7 @@ class Prefill(Part):
         self._threads: dict[tuple[int, int | None], _Thread] = {}
         self._read: tuple[Any, list[Stretch]] | None = None
         self._renewed: set[int] = set()
+        self._told = False
         self._counts = {"prompts": 0, "tokens": 0}
 
     def begin_forward(self, padding: Tensor | None) -> None:
@@ -168,7 +170,10 @@ class Prefill(Part):
             kernel = "dense"
             out = kernels.dense.attend(query, key, value, scaling=call.scaling, softcap=softcap)
         else:
-            kernel, _ = kernels.which(query, key, value, blocks)
+            kernel, why = kernels.which(query, key, value, blocks)
+            if why and not self._told:
+                self._told = True
+                warnings.warn(f"attention over chosen keys runs by {kernel}: {why}", stacklevel=2)
             out = kernels.attend(query, key, value, blocks, scaling=call.scaling, softcap=softcap)
         if query.shape[2] > 1:
             self._count(layer, query, key)

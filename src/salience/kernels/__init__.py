@@ -6,8 +6,9 @@ Gradients always go through gathered keys. `which` says what will run and why no
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from salience.kernels.blocks import KeyBlocks
 
 __all__ = ["BACKENDS", "KeyBlocks", "attend", "dense", "flex", "gather", "naive", "which"]
 
-BACKENDS = ("auto", "flex", "gather")
+BACKENDS = ("auto", "triton", "flex", "gather")
+# modules that are imported when they are first asked for: not everybody has what they need
+_MODULES = {"triton": "triton_attend", "flex": "flex", "gather": "gather"}
 
 
 def which(
@@ -32,11 +35,11 @@ def which(
     require(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", backend)
     grad = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
     reasons: list[str] = []
-    order = ("flex", "gather") if query.device.type == "cuda" else ("gather",)
+    order = BACKENDS[1:] if query.device.type == "cuda" else ("gather",)
     for name in order if backend == "auto" else (backend,):
-        reason = None
-        if name == "flex":
-            reason = "gradients are needed" if grad else flex.unfit(query, blocks)
+        if name == "gather":
+            return name, "; ".join(reasons)
+        reason = "gradients are needed" if grad else _kernel(name).unfit(query, key, value, blocks)
         if reason is None:
             return name, "; ".join(reasons)
         reasons.append(reason)
@@ -78,11 +81,12 @@ def attend(
         part = replace(blocks, queries=blocks.rows, keys=end, tail=0) if blocks.tail else blocks
         inputs = query[:, :, : blocks.rows], key[:, :, :end], value[:, :, :end]
         name, _ = which(*inputs, part, backend)
-        pieces.append(_KERNELS[name].attend(*inputs, part, scaling=scaling, softcap=softcap))
+        pieces.append(_kernel(name).attend(*inputs, part, scaling=scaling, softcap=softcap))
     if blocks.tail:
         rest = query[:, :, blocks.rows :]
         pieces.append(dense.attend(rest, key, value, scaling=scaling, softcap=softcap))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
 
 
-_KERNELS: dict[str, ModuleType] = {"flex": flex, "gather": gather}
+def _kernel(name: str) -> Any:
+    return importlib.import_module(f"{__name__}.{_MODULES[name]}")

@@ -21,7 +21,7 @@ from salience.kernels.blocks import KeyBlocks, split
 _LEAST = 16
 
 
-def unfit(query: Tensor, blocks: KeyBlocks) -> str | None:
+def unfit(query: Tensor, key: Tensor, value: Tensor, blocks: KeyBlocks) -> str | None:
     """Why these lists cannot be attended to by this kernel; None if they can."""
     if blocks.k_block < _LEAST or blocks.k_block % _LEAST or blocks.q_block % _LEAST:
         return f"flex_attention needs blocks that are multiples of {_LEAST}, got {blocks.q_block} x {blocks.k_block}"

@@ -67,11 +67,11 @@ class BlockTopK(Method):
 
     def attach_model(self, model: nn.Module, record: Attachment, data: Any = None) -> Part:
         """Every layer and head chooses for itself while a prompt is read; new tokens see everything."""
+        return prefill(model, record, self.choose)
 
-        def choose(prompt: Prompt) -> KeyBlocks:
-            return spend(prompt.query, prompt.key, keep=self.keep, q_block=self.q_block, k_block=self.k_block)
-
-        return prefill(model, record, choose)
+    def choose(self, prompt: Prompt) -> KeyBlocks:
+        """The lists of one layer."""
+        return spend(prompt.query, prompt.key, keep=self.keep, q_block=self.q_block, k_block=self.k_block)
 
 
 def score(query: Tensor, key: Tensor, *, q_block: int, k_block: int) -> tuple[Tensor, Tensor]:

@@ -47,11 +47,11 @@ class DenseAttention(Method):
 
     def attach_model(self, model: nn.Module, record: Attachment, data: Any = None) -> Part:
         """Every layer sees everything."""
+        return prefill(model, record, self.choose)
 
-        def choose(prompt: Prompt) -> KeyBlocks | None:
-            return spend(prompt, self.block) if self.listed else None
-
-        return prefill(model, record, choose)
+    def choose(self, prompt: Prompt) -> KeyBlocks | None:
+        """The lists of one layer, if there are to be any."""
+        return spend(prompt, self.block) if self.listed else None
 
 
 def spend(prompt: Prompt, block: int) -> KeyBlocks:

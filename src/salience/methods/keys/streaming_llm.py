@@ -58,20 +58,20 @@ class StreamingLLM(Method):
 
     def attach_model(self, model: nn.Module, record: Attachment, data: Any = None) -> Part:
         """Every layer sees the same keys; nothing is computed to choose them."""
+        return prefill(model, record, self.choose, decodes=self.decode)
 
-        def choose(prompt: Prompt) -> KeyBlocks:
-            queries, keys = prompt.query.shape[2], prompt.key.shape[2]
-            return spend(
-                queries,
-                keys,
-                sinks=self.sinks,
-                window=self.window,
-                q_block=self.q_block,
-                batch=len(prompt.query),
-                device=prompt.query.device,
-            )
-
-        return prefill(model, record, choose, decodes=self.decode)
+    def choose(self, prompt: Prompt) -> KeyBlocks:
+        """The lists of one layer."""
+        queries, keys = prompt.query.shape[2], prompt.key.shape[2]
+        return spend(
+            queries,
+            keys,
+            sinks=self.sinks,
+            window=self.window,
+            q_block=self.q_block,
+            batch=len(prompt.query),
+            device=prompt.query.device,
+        )
 
 
 def spend(
