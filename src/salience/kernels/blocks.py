@@ -196,12 +196,14 @@ class Split:
     Attributes:
         full (Tensor): [B, H or 1, N] int64; so many entries of the list lie wholly before every row's window.
         edge (Tensor): [B, H or 1, N] int64, the first block of the stretch.
+        near (Tensor): [B, H or 1, N] int64, blocks of the stretch up to the last row's own.
         member (Tensor): [B, H or 1, N, E] bool, which of the stretch's E blocks are listed.
         first (Tensor): [B, H or 1, N] int64, position of the first row.
     """
 
     full: Tensor
     edge: Tensor
+    near: Tensor
     member: Tensor
     first: Tensor
 
@@ -223,7 +225,9 @@ def split(blocks: KeyBlocks) -> Split:
         # what is not listed, or lies behind the stretch, goes to a place that is cut off
         place = held.masked_fill((slots >= blocks.count.unsqueeze(-1)) | (held >= span), span)
         member.scatter_(-1, place, True)
-    return Split(full, edge, member[..., :span], first)
+    last = (first + size).clamp_max(blocks.keys) - 1
+    near = (last // keys_in - edge + 1).clamp(0, span)
+    return Split(full, edge, near, member[..., :span], first)
 
 
 def lists(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,20 +63,20 @@ def attend(
         owner // owners * (listing * count) + (owner % owners if listing > 1 else 0) * count + item % count
     )
     found = split(blocks)
-    plan = Split(*(one.flatten(0, 2) for one in (found.full, found.edge, found.member, found.first)))
+    plan = Split(
+        *(one.flatten(0, 2) for one in (found.full, found.edge, found.near, found.member, found.first))
+    )
     index = blocks.index.flatten(0, 2)
     step, held_key, held_value = _stacked(key, value, blocks.k_block)
-    within = torch.arange(blocks.k_block, device=query.device)
 
-    order = plan.full[source].argsort()
+    # what is computed together has stretches of one length, and lists of about one length
+    order = (plan.near * (int(plan.full.max()) + 1) + plan.full)[source].argsort()
     differentiable = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
     out = None if differentiable else rows.new_empty(len(rows), fold * size, value.shape[-1])
     pieces = []
-    for part, most in _slices(
-        plan.full[source[order]], order, fold * size, blocks.k_block, plan.member.shape[1]
-    ):
+    for part, most, near in _slices(plan, source, order, fold * size, blocks.k_block):
         own = source[part]
-        stretch = plan.edge[own].unsqueeze(-1) + torch.arange(plan.member.shape[1], device=query.device)
+        stretch = plan.edge[own].unsqueeze(-1) + torch.arange(near, device=query.device)
         chosen = torch.cat((index[own, :most].long(), stretch), 1)
         taken = (group[part].unsqueeze(-1) * step + chosen.clamp_max(step - 1)).flatten()
         held = held_key.index_select(0, taken).view(len(part), -1, width).to(precise)
@@ -84,8 +84,7 @@ def attend(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         ready = most * blocks.k_block
-        edge = (stretch.unsqueeze(-1) * blocks.k_block + within).flatten(1)
-        dead = _mask(scores, edge, ready, plan, own, blocks, fold)
+        dead = _mask(scores, ready, plan, own, near, blocks, fold)
         held = held_value.index_select(0, taken).view(len(part), -1, value.shape[-1]).to(precise)
         made = scores.softmax(-1) @ held
         made = made if dead is None else made.masked_fill(dead, 0.0)
@@ -107,24 +106,27 @@ def _stacked(key: Tensor, value: Tensor, k_block: int) -> tuple[int, Tensor, Ten
     return key.shape[2] // k_block, held[0], held[1]
 
 
-def _slices(full: Tensor, order: Tensor, rows: int, k_block: int, span: int) -> Iterator[tuple[Tensor, int]]:
-    """Items in slices, and the longest list in each; `full` rises."""
-    most = _SLICE_CPU if full.device.type == "cpu" else _SLICE
-    counts = full.tolist()
+def _slices(
+    plan: Split, source: Tensor, order: Tensor, rows: int, k_block: int
+) -> Iterator[tuple[Tensor, int, int]]:
+    """Items in slices, the longest list in each, and the blocks of their stretches."""
+    most = _SLICE_CPU if source.device.type == "cpu" else _SLICE
+    sorted_source = source[order]
+    full, near = plan.full[sorted_source].tolist(), plan.near[sorted_source].tolist()
     start = 0
-    while start < len(counts):
+    while start < len(full):
         stop = start + 1
-        allowed = counts[start] + _WASTE * (counts[start] + span) + 1
-        while stop < len(counts) and counts[stop] <= allowed:
-            if (stop + 1 - start) * rows * (counts[stop] + span) * k_block > most:
+        allowed = full[start] + _WASTE * (full[start] + near[start]) + 1
+        while stop < len(full) and full[stop] <= allowed and near[stop] == near[start]:
+            if (stop + 1 - start) * rows * (full[stop] + near[stop]) * k_block > most:
                 break
             stop += 1
-        yield order[start:stop], counts[stop - 1]
+        yield order[start:stop], full[stop - 1], near[start]
         start = stop
 
 
 def _mask(
-    scores: Tensor, edge: Tensor, ready: int, plan: Split, own: Tensor, blocks: KeyBlocks, fold: int
+    scores: Tensor, ready: int, plan: Split, own: Tensor, near: int, blocks: KeyBlocks, fold: int
 ) -> Tensor | None:
     """Put -inf where a row does not see a key; returns the rows that see nothing, [S, R, 1], if there are any."""
     full = plan.full[own]
@@ -133,17 +135,26 @@ def _mask(
     if filled < ready:
         slots = torch.arange(filled, ready, device=scores.device) // blocks.k_block
         scores[..., filled:ready].masked_fill_((slots >= full.unsqueeze(-1)).unsqueeze(1), -torch.inf)
-    place = plan.first[own].unsqueeze(-1) + torch.arange(blocks.q_block, device=scores.device)
-    place = place.unsqueeze(-1)
-    edge = edge.unsqueeze(1)
-    seen = plan.member[own].repeat_interleave(blocks.k_block, 1).unsqueeze(1) | (edge > place - blocks.window)
-    seen = seen & (edge <= place)
-    alive = seen.any(-1, keepdim=True) | (full > 0).view(-1, 1, 1)
-    dead = None
-    if not bool(alive.all()):
-        # their scores stay finite so that neither the output nor a gradient is NaN
-        seen = seen | ~alive
-        dead = (~alive).repeat(1, fold, 1)
+    # the stretch's first keys are new to some rows' windows, its last are in some rows' future; all see those between
+    border, span = blocks.q_block + blocks.k_block, near * blocks.k_block
+    sides = ((0, border), (span - border, span)) if span > 2 * border and blocks.window else ((0, span),)
     split = scores[..., ready:].view(len(own), fold, blocks.q_block, -1)
-    split.masked_fill_(~seen.unsqueeze(1), -torch.inf)
-    return dead
+    place = plan.first[own].unsqueeze(-1) + torch.arange(blocks.q_block, device=scores.device)
+    # rows that only fill the last block stand at the last place: what they see is cut off
+    place = place.clamp_max(blocks.keys - 1).unsqueeze(-1)
+    begin = (plan.edge[own] * blocks.k_block).view(-1, 1, 1)
+    # within its window a row sees itself
+    alive = None if blocks.window else (full > 0).view(-1, 1, 1)
+    for start, stop in sides:
+        columns = torch.arange(start, stop, device=scores.device)
+        listed = plan.member[own][:, columns // blocks.k_block].unsqueeze(1)
+        edge = begin + columns
+        seen = (listed | (edge > place - blocks.window)) & (edge <= place)
+        if alive is not None:
+            alive = alive | seen.any(-1, keepdim=True)
+            # the scores of rows that see nothing stay finite, so that neither output nor gradient is NaN
+            seen = seen | ~alive
+        split[..., start:stop].masked_fill_(~seen.unsqueeze(1), -torch.inf)
+    if alive is None or bool(alive.all()):
+        return None
+    return (~alive).repeat(1, fold, 1)
