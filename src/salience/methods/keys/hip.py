@@ -21,6 +21,7 @@ Differs from the official code in:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -138,15 +139,18 @@ class HiP(Method):
         """
         alone = query.shape[2] == 1
         offset = self.q_stride - 1 if self.q_offset is None else self.q_offset
-        return search(
+        sizes = {
+            "mask_k": self.mask_k,
+            "q_block": 1 if alone else self.q_block,
+            "q_stride": 1 if alone else self.q_stride,
+            "k_block": self.k_block,
+        }
+        return _search_for(query, key, sizes)(
             query,
             key,
+            **sizes,
             scaling=scaling,
-            mask_k=self.mask_k,
-            q_block=1 if alone else self.q_block,
-            q_stride=1 if alone else self.q_stride,
             q_offset=0 if alone else offset,
-            k_block=self.k_block,
             k_stride=self.k_stride,
             window=self.window,
             sink_tokens=self.sink_tokens,
@@ -167,6 +171,17 @@ class HiP(Method):
         if wide > self.mask_k and keys > self.dense_queries:
             prompt.state[_STATE] = blocks
         return blocks
+
+
+def _search_for(query: Tensor, key: Tensor, sizes: dict[str, int]) -> Callable[..., KeyBlocks]:
+    """The search in Triton where it runs, else in torch; both find the same."""
+    if query.is_cuda:
+        from salience.kernels import triton_hip
+
+        if triton_hip.unfit(query, key, **sizes) is None:
+            found: Callable[..., KeyBlocks] = triton_hip.search
+            return found
+    return search
 
 
 def _check(name: str, value: Any, least: int) -> None:
