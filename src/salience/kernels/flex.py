@@ -27,8 +27,11 @@ def unfit(query: Tensor, key: Tensor, value: Tensor, blocks: KeyBlocks) -> str |
         return f"flex_attention needs blocks that are multiples of {_LEAST}, got {blocks.q_block} x {blocks.k_block}"
     if query.device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++")):
         return "flex_attention on a CPU needs a C++ compiler, found neither g++ nor clang++"
-    if query.device.type == "cuda" and not torch.utils._triton.has_triton():
-        return "flex_attention on a GPU needs triton, which is not installed or does not know this GPU"
+    if query.device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return "flex_attention on a GPU needs triton, which is not installed or does not know this GPU"
     return None
 
 
