@@ -82,6 +82,76 @@ def test_rows_do_not_see_padding_or_each_other(slug):
         assert (read - plain)[real(batch)].abs().max() > 1e-4, "the method drops nothing here"
 
 
+# whose choice itself is causal from one block of queries to the next, and how far
+CAUSAL = {
+    "block-top-k": sal.BlockTopK(keep=0.3, q_block=16, k_block=8),
+    "dense-attention": sal.DenseAttention(),
+    "dhsa": sal.DHSA(
+        chunks="uniform", budget=24, q_block=16, local=8, global_tokens=4, instruction_tokens=0, chunk_beta=4
+    ),
+    "hip": sal.HiP(mask_k=16, q_block=16, window=8, sink_tokens=2, dense_layers=0),
+    "sale": sal.SALE(
+        tau=0.5, q_block=16, k_block=8, local_window=24, segment=8, dense_below=0, centre="prefix"
+    ),
+    "streaming-llm": sal.StreamingLLM(sinks=2, window=12),
+}
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_what_comes_later_changes_nothing(slug):
+    """Later tokens, from the next block of queries on; what DHSA learns and SALE's means look at whole prompts."""
+    model, batch = tiny_llama(layers=3).eval(), prompts((96, 96))
+    changed = {**batch, "input_ids": batch["input_ids"].clone()}
+    changed["input_ids"][:, 64:] = 5
+    with sal.focus(model, CAUSAL[slug]) as handle:
+        before = logits(model, batch)
+        assert slug == "dense-attention" or handle.spent[slug]["kept share"] < 0.9
+        after = logits(model, changed)
+    torch.testing.assert_close(after[:, :64], before[:, :64], rtol=0, atol=1e-6)
+    assert (after[:, 64:] - before[:, 64:]).abs().max() > 1e-3
+
+
+_MEMORY = """
+import resource, sys, torch
+import salience as sal
+from salience import kernels
+from salience.hosts.prefill import Prompt
+torch.set_num_threads(1)
+length, method = int(sys.argv[1]), eval(sys.argv[2], vars(sal) | {"sal": sal})
+draw = torch.Generator().manual_seed(0)
+query, key, value = (torch.randn(1, heads, length, 16, generator=draw) for heads in (2, 1, 1))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with torch.no_grad():
+    blocks = method.choose(Prompt(query, key, value, 0.25, None, 9, 10, {}, {}))
+    kernels.attend(query, key, value, blocks, scaling=0.25)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, float(blocks.share().mean()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    [
+        sal.StreamingLLM(),
+        sal.BlockTopK(keep=16, q_block=128, k_block=128),
+        sal.HiP(mask_k=256, q_stride=16, k_block=4),
+        sal.DHSA(chunks="uniform", budget=512),
+        sal.SALE(tau=1e6),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_memory_of_choosing_and_attending_is_linear(method):
+    """128K tokens: a map of T x T in bits would take 2 GiB for each head."""
+    import subprocess
+
+    done = subprocess.run(
+        [sys.executable, "-c", _MEMORY, "131072", repr(method)], capture_output=True, text=True, check=True
+    )
+    mebibytes, share = map(float, done.stdout.split())
+    assert share < 0.05
+    assert mebibytes < 400, f"{mebibytes} MiB"
+
+
 @pytest.mark.parametrize("slug", SLUGS)
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_the_implementation_in_force_makes_no_difference(slug, attn):

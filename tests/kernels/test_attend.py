@@ -132,6 +132,23 @@ def test_many_slices_give_the_same_as_one(monkeypatch):
     torch.testing.assert_close(kernels.attend(*inputs, blocks, scaling=0.25), whole, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("case", ["pairs of keys and a window", "shared lists behind a cache", "a tail"])
+@pytest.mark.parametrize("attend", [naive.attend, kernels.attend])
+def test_what_comes_later_changes_nothing(case, attend):
+    """Also where a list names blocks of the future, as lists of whole query blocks do."""
+    blocks, _ = blocks_of(case, 0.5)
+    query, key, value = inputs_of(case)
+    before = attend(query, key, value, blocks, scaling=0.25)
+    for row in (0, 40, blocks.queries - 2):
+        later = blocks.offset + row + 1
+        changed = [one.clone() for one in (key, value)]
+        for one in changed:
+            one[:, :, later:] = 1e3
+        after = attend(query, *changed, blocks, scaling=0.25)
+        assert torch.equal(after[:, :, : row + 1], before[:, :, : row + 1])
+        assert not torch.equal(after, before)
+
+
 def test_everything_is_dense_attention():
     query, key, value = inputs_of("a block and one")
     expected = sdpa(query, key, value, is_causal=True, enable_gqa=True)

@@ -23,6 +23,7 @@ Differs from the official code in:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -127,26 +128,35 @@ class SALE(Method):
         With `data`, batches of prompts, the thresholds are calibrated first; they are among the handle's scores.
         """
         taus = table(model, self.tau) if data is None else calibrate_sale(model, data, self)
-        dense = (taus < DENSE).all(-1).tolist()
-
-        def select(prompt: Prompt) -> KeyBlocks | None:
-            if prompt.key.shape[2] <= self.dense_below or dense[prompt.layer]:
-                return None
-            return choose(
-                prompt.query,
-                prompt.key,
-                taus[prompt.layer].to(prompt.query.device),
-                scaling=prompt.scaling,
-                softcap=prompt.softcap,
-                grid=self.grid,
-                bits=self.bits,
-                centre=self.centre,
-            )
-
-        part = prefill(model, record, select)
+        part = prefill(model, record, functools.partial(self.choose, taus=taus))
         # a record of its own: the thresholds stay among the scores after undo
         Attachment().wrap(part, "scores", lambda own: lambda: {"tau": taus, **own()})
         return part
+
+    def choose(self, prompt: Prompt, taus: Tensor | None = None) -> KeyBlocks | None:
+        """The lists of one layer, or None for all keys.
+
+        Args:
+            prompt (Prompt): what the layer asks.
+            taus (Tensor | None): [layers, H] thresholds; None takes `tau`, which is then one number.
+        """
+        if taus is None:
+            require(isinstance(self.tau, int | float), "taus", "given unless tau is one number", self.tau)
+            own = torch.full((prompt.query.shape[1],), float(self.tau))  # type: ignore[arg-type]
+        else:
+            own = taus[prompt.layer]
+        if prompt.key.shape[2] <= self.dense_below or bool((own < DENSE).all()):
+            return None
+        return choose(
+            prompt.query,
+            prompt.key,
+            own.to(prompt.query.device),
+            scaling=prompt.scaling,
+            softcap=prompt.softcap,
+            grid=self.grid,
+            bits=self.bits,
+            centre=self.centre,
+        )
 
 
 def choose(
