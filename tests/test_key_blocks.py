@@ -117,7 +117,7 @@ import salience as sal
 from salience import kernels
 from salience.hosts.prefill import Prompt
 torch.set_num_threads(1)
-length, method = int(sys.argv[1]), eval(sys.argv[2], vars(sal) | {"sal": sal})
+length, method = int(sys.argv[1]), eval("sal." + sys.argv[2])
 draw = torch.Generator().manual_seed(0)
 query, key, value = (torch.randn(1, heads, length, 16, generator=draw) for heads in (2, 1, 1))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -130,26 +130,27 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, floa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method",
+    ("method", "length", "most"),
     [
-        sal.StreamingLLM(),
-        sal.BlockTopK(keep=16, q_block=128, k_block=128),
-        sal.HiP(mask_k=256, q_stride=16, k_block=4),
-        sal.DHSA(chunks="uniform", budget=512),
-        sal.SALE(tau=1e6),
+        (sal.StreamingLLM(), 131072, 300),
+        (sal.BlockTopK(keep=16, q_block=128, k_block=128), 131072, 300),
+        (sal.HiP(mask_k=256, q_stride=16, k_block=4), 131072, 300),
+        (sal.DHSA(chunks="uniform", budget=512), 131072, 400),
+        # every pair is estimated, which takes its time
+        (sal.SALE(tau=1e6), 32768, 150),
     ],
-    ids=lambda method: type(method).__name__,
+    ids=lambda one: type(one).__name__ if not isinstance(one, int) else "",
 )
-def test_memory_of_choosing_and_attending_is_linear(method):
-    """128K tokens: a map of T x T in bits would take 2 GiB for each head."""
+def test_memory_of_choosing_and_attending_is_linear(method, length, most):
+    """128K tokens: a map of T x T in bits would take 2 GiB for each head, 4 GiB for both; in floats 128 GiB."""
     import subprocess
 
     done = subprocess.run(
-        [sys.executable, "-c", _MEMORY, "131072", repr(method)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", _MEMORY, str(length), repr(method)], capture_output=True, text=True, check=True
     )
     mebibytes, share = map(float, done.stdout.split())
     assert share < 0.05
-    assert mebibytes < 400, f"{mebibytes} MiB"
+    assert mebibytes < most, f"{mebibytes} MiB"
 
 
 @pytest.mark.parametrize("slug", SLUGS)

@@ -37,6 +37,7 @@ def draw(
     *,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
+    points: bool = True,
     width: int = WIDE,
 ) -> Figure:
     """Maps of chosen layers (downwards) and heads (to the right), and below them recall against kept share.
@@ -48,10 +49,11 @@ def draw(
         records (Sequence[Kept]): one for each layer, at least one.
         layers (Sequence[int] | None): those that are drawn; None takes up to four, evenly spaced.
         heads (Sequence[int] | None): those that are drawn; None takes up to four, evenly spaced.
+        points (bool): whether recall is drawn below.
         width (int): pixels at 96 an inch.
 
     Returns:
-        Figure: maps and one panel below.
+        Figure: maps, and one panel below.
     """
     by_layer = {record.layer: record for record in records}
     fits = max(1, min(4, width // _PANEL))
@@ -60,13 +62,15 @@ def draw(
     side = width / len(chosen)
     height = min(side, 210.0) + _HEAD
     with _style():
-        figure = _figure(width, height * len(shown) + 240)
-        above, below = figure.subfigures(2, 1, height_ratios=[height * len(shown), 240])
+        figure = _figure(width, height * len(shown) + (240 if points else 0))
+        above: Any = figure
+        if points:
+            above, below = figure.subfigures(2, 1, height_ratios=[height * len(shown), 240])
+            _draw_points(below.subplots(), {"heads": records})
         panels = above.subplots(len(shown), len(chosen), squeeze=False)
         for row, record in zip(panels, shown):
             for axes, head in zip(row, chosen):
                 _draw_map(axes, record, head, first=axes in panels[-1:, 0])
-        _draw_points(below.subplots(), {"heads": records})
     return figure
 
 
@@ -119,12 +123,12 @@ def _draw_map(axes: Axes, record: Kept, head: int, *, first: bool) -> None:
 
 def _draw_points(axes: Axes, methods: Mapping[str, Sequence[Kept]]) -> None:
     paint = colours(methods, None)
-    lowest = 1.0
+    lowest, most = 1.0, 0.0
     for name, mark in zip(methods, "osD^vP" * len(methods)):
         records = methods[name]
         kept = np.concatenate([np.asarray(record.share, dtype=float) for record in records])
         recalled = np.concatenate([np.asarray(record.recall, dtype=float) for record in records])
-        lowest = min(lowest, float(recalled.min()))
+        lowest, most = min(lowest, float(recalled.min())), max(most, 100 * float(kept.max()))
         axes.plot(
             100 * kept,
             recalled,
@@ -137,7 +141,7 @@ def _draw_points(axes: Axes, methods: Mapping[str, Sequence[Kept]]) -> None:
         )
     axes.axhline(1.0, color=MUTED, linewidth=0.7)
     axes.set_ylim(max(0.0, lowest - 0.06), 1.02)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.06 * most)
     axes.grid()
     axes.set_xlabel("share of (query, key) pairs kept, %", color=INK)
     axes.set_ylabel("attention recalled", color=INK)

@@ -55,15 +55,17 @@ class LayerRecord:
         kernel: str,
         pairs: Tensor,
         whole: float,
-        recall: Tensor,
-        map: Tensor,
+        recall: Tensor | None,
+        map: Tensor | None,
         choosing: float,
         attending: float,
     ) -> None:
         """Count another sample or chunk of the prompt; recall is weighted by pairs, the map is the newest."""
         before = self.whole
-        self.recall = (before * self.recall + whole * recall.cpu()) / max(before + whole, 1.0)
-        self.kernel, self.map, self.whole = kernel, map, before + whole
+        if recall is not None:
+            self.recall = (before * self.recall + whole * recall.cpu()) / max(before + whole, 1.0)
+        self.map = self.map if map is None else map
+        self.kernel, self.whole = kernel, before + whole
         self.pairs = self.pairs + pairs.cpu()
         self.choosing, self.attending = self.choosing + choosing, self.attending + attending
 

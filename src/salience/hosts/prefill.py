@@ -80,6 +80,8 @@ class Prefill(Part):
         depth (int): layers of the decoder.
         indices (tuple[int, ...]): those with attention.
         layers (dict[int, LayerRecord]): what was chosen in the newest prompt, by layer.
+        sampling (bool): whether recall and maps are sampled; without, only pairs and times are counted.
+        timed (bool): wait for a GPU before and behind choosing and attending, so that their times tell something.
     """
 
     choose: Choose
@@ -87,6 +89,8 @@ class Prefill(Part):
     depth: int
     indices: tuple[int, ...]
     layers: dict[int, LayerRecord] = field(default_factory=dict, init=False)
+    sampling: bool = field(default=True, init=False)
+    timed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self._padding: Tensor | None = None
@@ -162,10 +166,10 @@ class Prefill(Part):
             self._shared.setdefault(stretch.sample, {}),
             self._state(layer, stretch.sample, query, key),
         )
-        started = time.perf_counter()
+        started = self._now(query)
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             blocks = self.choose(prompt)
-        chosen = time.perf_counter()
+        chosen = self._now(query)
         if blocks is None:
             kernel = "dense"
             out = kernels.dense.attend(query, key, value, scaling=call.scaling, softcap=softcap)
@@ -177,8 +181,13 @@ class Prefill(Part):
             out = kernels.attend(query, key, value, blocks, scaling=call.scaling, softcap=softcap)
         if query.shape[2] > 1:
             self._count(layer, query, key)
-            self._record(prompt, blocks, kernel, chosen - started, time.perf_counter() - chosen)
+            self._record(prompt, blocks, kernel, chosen - started, self._now(query) - chosen)
         return out
+
+    def _now(self, states: Tensor) -> float:
+        if self.timed and states.is_cuda:
+            torch.cuda.synchronize(states.device)
+        return time.perf_counter()
 
     def _state(self, layer: int, sample: int | None, query: Tensor, key: Tensor) -> dict[str, Any]:
         if not self.decodes:
@@ -214,7 +223,7 @@ class Prefill(Part):
         queries, keys = prompt.query.shape[2], prompt.key.shape[2]
         whole = KeyBlocks.everything(queries, keys, batch=len(prompt.query), device=prompt.query.device)
         record = self.layers.setdefault(prompt.layer, LayerRecord(prompt.layer))
-        recall, shown = sampled(prompt, blocks)
+        recall, shown = sampled(prompt, blocks) if self.sampling else (None, None)
         record.add(
             kernel=kernel,
             pairs=(whole if blocks is None else blocks).pairs().sum(0).expand(prompt.query.shape[1]),

@@ -3,7 +3,7 @@
 Scored and spent: nothing. It is what the others are compared with: torch's scaled_dot_product_attention in the same
 place, with the same masks, so that only the choice of keys differs. Memory grows with the length alone.
 
-Paper: none; a baseline.
+Paper and official code: none; a baseline.
 """
 
 from __future__ import annotations
