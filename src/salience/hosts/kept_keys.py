@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from salience.hosts.prompts import Prompt
 from salience.kernels import KeyBlocks
-
-if TYPE_CHECKING:
-    from salience.hosts.prefill import Prompt
 
 # sampled rows of a prompt, and columns that their keys are drawn in
 ROWS, COLUMNS = 48, 96
