@@ -51,8 +51,9 @@ def attend(
     owners = groups if shared or heads == groups else heads
     fold, size, count = heads // owners, blocks.q_block, blocks.count.shape[2]
     precise = torch.promote_types(query.dtype, torch.float32)
-    rows = torch.nn.functional.pad(query, (0, 0, 0, count * size - length)).to(precise) * scaling
-    rows = rows.view(batch, owners, fold, count, size, width).transpose(2, 3)
+    missing = count * size - length
+    rows = torch.nn.functional.pad(query, (0, 0, 0, missing)) if missing else query
+    rows = rows.to(precise).reshape(batch, owners, fold, count, size, width).transpose(2, 3)
     rows = rows.reshape(batch * owners * count, fold * size, width)
 
     item = torch.arange(len(rows), device=query.device)
@@ -80,7 +81,9 @@ def attend(
         chosen = torch.cat((index[own, :most].long(), stretch), 1)
         taken = (group[part].unsqueeze(-1) * step + chosen.clamp_max(step - 1)).flatten()
         held = held_key.index_select(0, taken).view(len(part), -1, width).to(precise)
-        scores = rows.index_select(0, part) @ held.transpose(1, 2)
+        asked = rows.index_select(0, part)
+        scores = asked.new_empty(len(part), asked.shape[1], held.shape[1])
+        scores = torch.baddbmm(scores, asked, held.transpose(1, 2), beta=0, alpha=scaling)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         ready = most * blocks.k_block
