@@ -27,5 +27,8 @@ def test_help_teaches(cli):
     for command in ("tune", "bench", "methods"):
         code, out, _ = cli(command, "--help")
         assert code == 0 and "Examples" in out
+    # square brackets are markup to rich
+    shown = " ".join(cli("tune", "--help")[1].replace("│", " ").split())
+    assert "LoRA rank [default: 8]." in shown and "Of everything [default: 0]." in shown
     code, out, _ = cli("--version")
     assert code == 0 and out.startswith("salience ")

@@ -198,7 +198,9 @@ def test_options(refused):
 
 def test_help_teaches(cli):
     code, out, _ = cli("see", "--help")
-    assert code == 0 and "salience see --model" in out and "--max-pixels" in out and "pyramiddrop" in out
+    assert code == 0 and "salience see --model" in out and "--max-pixels" in out
+    shown = " ".join(out.replace("│", " ").split())
+    assert "reading all image tokens [default: pyramiddrop and fastv]." in shown
 
 
 def test_places_that_cannot_be_written(see, tmp_path, picture):

@@ -24,7 +24,7 @@ def see(
         list[str] | None,
         typer.Option(
             help="SLUG[:key=value,...], for example pyramiddrop:ratios=(0.5,0.1). May be repeated; each is compared "
-            "with reading all image tokens [default: pyramiddrop and fastv]."
+            "with reading all image tokens \\[default: pyramiddrop and fastv]."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.html, kept.png and result.json.")] = Path(
@@ -70,39 +70,18 @@ def see(
 
 
 def _run(options: dict[str, Any], out: Path) -> None:
-    import warnings
-
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from salience.cli._running import Bar, quiet_libraries
 
     console = Console(stderr=True)
-    with console.status("loading torch and transformers"):
-        import transformers
-
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        # what transformers says to its own developers
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    with quiet_libraries(console):
         from salience.jobs.see import SeeSettings
         from salience.jobs.see import see as run
 
     settings = SeeSettings(**options)
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True
-    )
-    tasks: list[Any] = []
-
-    def progress(done: int, total: int) -> None:
-        # the sandbox has shown a bar of its own before
-        if not tasks:
-            bar.start()
-            tasks.append(bar.add_task("reading the prompt", total=total))
-        bar.update(tasks[0], completed=done)
-
-    try:
-        result = run(settings, out, say=console.print, progress=progress)
-    finally:
-        bar.stop()
+    with Bar(console, "reading the prompt") as bar:
+        result = run(settings, out, say=console.print, progress=bar)
     _summary(result, out)
 
 

@@ -36,28 +36,31 @@ def tune(
         "runs/tune"
     ),
     adapter: Annotated[str | None, typer.Option(help="lora, or none to train all weights.")] = None,
-    rank: Annotated[int | None, typer.Option(help="LoRA rank [default: 8].")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank \\[default: 8].")] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak rate; the default depends on the model.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; otherwise --epochs decides.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data [default: 1].")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples of a micro-batch [default: 16].")] = None,
-    accumulation: Annotated[int | None, typer.Option(help="Micro-batches of a step [default: 1].")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data \\[default: 1].")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples of a micro-batch \\[default: 16].")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Micro-batches of a step \\[default: 1].")] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Longest sample in tokens [default: the model's positions].")
+        int | None, typer.Option(help="Longest sample in tokens \\[default: the model's positions].")
     ] = None,
     truncate: Annotated[bool | None, typer.Option("--truncate", help="Cut longer samples.")] = None,
-    eval_samples: Annotated[int | None, typer.Option(help="Held-out samples scored [default: 200].")] = None,
+    eval_samples: Annotated[
+        int | None, typer.Option(help="Held-out samples scored \\[default: 200].")
+    ] = None,
     save_every: Annotated[
-        int | None, typer.Option(help="Steps between resumable states [default: 50].")
+        int | None, typer.Option(help="Steps between resumable states \\[default: 50].")
     ] = None,
     baseline: Annotated[
-        bool | None, typer.Option("--baseline/--no-baseline", help="Also run without methods [default: yes].")
+        bool | None,
+        typer.Option("--baseline/--no-baseline", help="Also run without methods \\[default: yes]."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything [default: 0].")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda [default: auto].")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or auto [default: float32].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything \\[default: 0].")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda \\[default: auto].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or auto \\[default: float32].")] = None,
     quick: Annotated[bool | None, typer.Option("--quick", help="The sandbox in under a minute.")] = None,
 ) -> None:
     """Tune a model where it matters, compare with plain tuning, and write a report.
@@ -102,35 +105,24 @@ def _columns(pairs: list[str] | None) -> dict[str, str] | None:
 
 def _run(recipe: Any, out: Path) -> None:
     import signal
-    import warnings
 
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from salience.cli._running import Bar, quiet_libraries
 
     console = Console(stderr=True)
-    with console.status("loading torch and transformers"):
-        import transformers
-
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        # what transformers says to its own developers
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    with quiet_libraries(console):
         from salience.hosts.tuning import Stopped
         from salience.jobs.tune import tune as run
 
     asked: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda *_: _interrupt(asked, console))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bars = Progress(*columns, console=console, transient=True)
-    tasks: dict[str, Any] = {}
-
-    def progress(arm: str, step: int, steps: int, loss: float) -> None:
-        if arm not in tasks:
-            tasks[arm] = bars.add_task(arm, total=steps)
-        bars.update(tasks[arm], completed=step, description=f"{arm}: loss {loss:.3f}")
-
     try:
-        with bars:
+        with Bar(console, remaining=True) as bar:
+
+            def progress(arm: str, step: int, steps: int, loss: float) -> None:
+                bar(step, steps, arm, f"loss {loss:.3f}")
+
             result = run(recipe, out, progress=progress, say=console.print, stop=lambda: bool(asked))
     except Stopped as stopped:
         console.print(str(stopped))

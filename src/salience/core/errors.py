@@ -31,6 +31,12 @@ class TrainingError(SalienceError, RuntimeError):
     """Training had to stop: for example the loss is not finite."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, in one line of at most 300 characters; its class if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
 def require(condition: bool, name: str, wanted: str, got: Any) -> None:
     """Raise `ParameterError("{name} must be {wanted}, got {got!r}")` unless `condition` holds.
 

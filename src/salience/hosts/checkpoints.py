@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from salience.core.errors import ParameterError, SalienceError, require
+from salience.core.errors import ParameterError, SalienceError, first_line, require
 
 Kind = Literal["auto", "causal", "masked", "sequence", "vision"]
 
@@ -230,7 +230,7 @@ def _loading(name: str, *, local: bool) -> Iterator[None]:
         wanted = (
             "a checkpoint that transformers can load" if local else "an existing folder or a reachable hub id"
         )
-        raise ParameterError(f"model must be {wanted}, got {name} ({_first_line(error)})") from error
+        raise ParameterError(f"model must be {wanted}, got {name} ({first_line(error)})") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
 
@@ -279,7 +279,7 @@ def _tokenizer(name: str, hub: Mapping[str, Any]) -> Any:
         return AutoTokenizer.from_pretrained(name, **hub)
     except (OSError, ValueError, ImportError) as error:
         raise ParameterError(
-            f"model must be a checkpoint with its tokenizer, got {name} ({_first_line(error)})"
+            f"model must be a checkpoint with its tokenizer, got {name} ({first_line(error)})"
         ) from error
 
 
@@ -290,18 +290,13 @@ def _processor(name: str, hub: Mapping[str, Any]) -> Any:
         found = AutoProcessor.from_pretrained(name, **hub)
     except (OSError, ValueError, ImportError) as error:
         raise ParameterError(
-            f"model must be a checkpoint with its processor, got {name} ({_first_line(error)})"
+            f"model must be a checkpoint with its processor, got {name} ({first_line(error)})"
         ) from error
     if not isinstance(found, ProcessorMixin):
         raise ParameterError(
             f"model must be a checkpoint with its processor, got {name} with a {type(found).__name__} alone"
         )
     return found
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def _model(
@@ -405,7 +400,7 @@ def _json(path: Path, wanted: str) -> dict[str, Any]:
     except OSError as error:
         raise ParameterError(f"model must be {wanted}, got {path} ({error.strerror})") from error
     except ValueError as error:
-        reason = "a Git LFS pointer: run git lfs pull" if _is_pointer(path) else _first_line(error)
+        reason = "a Git LFS pointer: run git lfs pull" if _is_pointer(path) else first_line(error)
         raise ParameterError(f"model must be {wanted}, got {path} ({reason})") from error
     if not isinstance(loaded, dict):
         raise ParameterError(f"model must be {wanted}, got {path} (not an object)")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from salience.core.errors import ParameterError, require
+from salience.core.errors import ParameterError, first_line, require
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -317,7 +317,7 @@ def _read_parquet(path: Path, limit: int | None, name: str) -> _Table:
         return _from_dataset(Dataset(pq.read_table(path)), limit)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ParameterError(
-            f"{name} must be a readable parquet file, got {path} ({_first_line(error)})"
+            f"{name} must be a readable parquet file, got {path} ({first_line(error)})"
         ) from error
 
 
@@ -333,7 +333,7 @@ def _read_folder(path: Path, split: str, limit: int | None, name: str) -> _Table
         loaded = load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise ParameterError(
-            f"{name} must be a whole folder of save_to_disk, got {path} ({_first_line(error)})"
+            f"{name} must be a whole folder of save_to_disk, got {path} ({first_line(error)})"
         ) from error
     if isinstance(loaded, DatasetDict):
         if split not in loaded:
@@ -353,7 +353,7 @@ def _read_hub(source: str, split: str, limit: int | None, name: str) -> _Table:
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ParameterError(
             f"{name} must be an existing file or a datasets name that can be reached, got {source} "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
     return _from_dataset(loaded, limit)
 
@@ -364,11 +364,6 @@ def _from_dataset(rows: Any, limit: int | None) -> _Table:
     rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
     classes = {key: kind.names for key, kind in rows.features.items() if isinstance(kind, ClassLabel)}
     return _Table({key: rows[key] for key in rows.column_names}, classes=classes)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def _choose(found: Sequence[str], columns: Mapping[str, str], name: str) -> dict[str, str]:
@@ -541,7 +536,7 @@ class _Encoder:
         except (TemplateError, ValueError) as error:
             raise ParameterError(
                 f"{self.name} must be conversations that the chat template takes (or pass chat=False), "
-                f"got row {index + 1}: {_first_line(error)}"
+                f"got row {index + 1}: {first_line(error)}"
             ) from error
 
     def _marked(self, messages: Sequence[Mapping[str, str]]) -> list[Piece]:

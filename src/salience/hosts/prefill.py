@@ -158,8 +158,8 @@ class Prefill(Part):
         return out
 
     def _now(self, states: Tensor) -> float:
-        if self.timed and states.is_cuda:
-            torch.cuda.synchronize(states.device)
+        if self.timed and states.device.type != "cpu":
+            torch.accelerator.synchronize(states.device)
         return time.perf_counter()
 
     def _state(self, layer: int, sample: int | None, query: Tensor, key: Tensor) -> dict[str, Any]:

@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jinja2 import TemplateError
 
-from salience.core.errors import ConflictError, ParameterError, SalienceError, StructureError, require
+from salience.core.errors import (
+    ConflictError,
+    ParameterError,
+    SalienceError,
+    StructureError,
+    first_line,
+    require,
+)
 from salience.core.evidence import measured
 from salience.hosts.checkpoints import check_positions
 from salience.hosts.kept_pictures import KeptPictures, kept_pictures
@@ -115,7 +122,7 @@ def open_picture(path: str | Path, max_pixels: int = 40_000_000) -> Image:
             raise ParameterError(f"image must be a picture ({shown}), got {path} of another kind") from error
         except _CORRUPT as error:
             raise ParameterError(
-                f"image must be a whole picture, got {path} ({_first_line(error)})"
+                f"image must be a whole picture, got {path} ({first_line(error)})"
             ) from error
 
 
@@ -151,7 +158,7 @@ def ask_about(
         inputs = processor(images=list(pictures), text=text, return_tensors="pt", **settings)
     except ValueError as error:
         raise ParameterError(
-            f"image and prompt must be what {type(processor).__name__} reads, got {_first_line(error)}"
+            f"image and prompt must be what {type(processor).__name__} reads, got {first_line(error)}"
         ) from error
     inputs = inputs.to(model.device, model.dtype)
     ids = inputs["input_ids"]
@@ -255,7 +262,7 @@ def _text(processor: Any, prompt: str, count: int) -> str:
         except TemplateError as error:
             raise ParameterError(
                 f"prompt must be one that the chat template of {type(processor).__name__} takes, got "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
         return text
     if missing and not token:
@@ -285,7 +292,7 @@ def _read(model: Any, question: Question) -> Any:
         raise
     except (ValueError, TypeError) as error:
         raise ParameterError(
-            f"model must take what its processor makes of image and prompt, got {_first_line(error)}"
+            f"model must take what its processor makes of image and prompt, got {first_line(error)}"
         ) from error
 
 
@@ -301,8 +308,3 @@ def _normalised(processor: Any) -> dict[str, Any]:
     if getattr(images, "do_normalize", None) is False:
         mean, std = [0.0] * 3, [1.0] * 3
     return {"mean": mean, "std": std} if mean is not None and std is not None else {}
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import io
 import json
-import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from salience.core.errors import ConflictError, ParameterError, require
+from salience.core.errors import ParameterError, require
 from salience.core.evidence import about
-from salience.core.files import check_writable, write_bytes_atomic, write_json_atomic
+from salience.core.files import write_bytes_atomic, write_json_atomic
 from salience.core.method import Method
-from salience.core.spec import describe_method, parse_method
+from salience.core.spec import describe_method
 from salience.hosts import checkpoints, seeing
 from salience.hosts.kept_pictures import KeptPictures, draw
+from salience.jobs.asking import command_line, own_folder, parse_methods
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,17 +75,7 @@ class SeeSettings:
 
     def command(self, out: Path) -> str:
         """The command line that does the same."""
-        words = ["salience", "see"]
-        single = {"images": "image", "methods": "method"}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            option = f"--{single.get(field.name, field.name).replace('_', '-')}"
-            if value is True:
-                words.append(option)
-            elif value != field.default:
-                for one in value if isinstance(value, tuple) else (value,):
-                    words += [option, str(one)]
-        return shlex.join([*words, "--out", str(out)])
+        return command_line("see", self, out, {"images": "image", "methods": "method"})
 
 
 @dataclass(frozen=True)
@@ -123,13 +113,10 @@ def see(
     Raises:
         SalienceError: for bad input, before anything is written.
     """
-    methods = _methods(settings)
+    usual = DEFAULTS if settings.model is not None else SANDBOX_DEFAULTS
+    methods = parse_methods(settings.methods or usual, "token", "drop image tokens for see")
     device = checkpoints.check_device(settings.device)
-    check_writable(out)
-    if (out / "recipe.json").exists():
-        raise ParameterError(
-            f"out must be a folder of its own, got {out}, which holds a run of salience tune"
-        )
+    own_folder(out)
     asked = _given(settings, device, say) if settings.model is not None else _sandbox(settings, device, say)
     model = asked.model
     question = seeing.ask_about(
@@ -196,20 +183,6 @@ def tokens_text(counts: Sequence[int]) -> str:
     """Image tokens in each layer in short: "576, from layer 8: 288"."""
     changes = [layer for layer in range(1, len(counts)) if counts[layer] != counts[layer - 1]]
     return ", ".join([f"{counts[0]:,}", *(f"from layer {layer}: {counts[layer]:,}" for layer in changes)])
-
-
-def _methods(settings: SeeSettings) -> list[Method]:
-    usual = DEFAULTS if settings.model is not None else SANDBOX_DEFAULTS
-    methods = [parse_method(text) for text in settings.methods or usual]
-    shown = [describe_method(method) for method in methods]
-    for place, method in enumerate(methods):
-        if "model" not in method.targets() or method.unit != "token":
-            raise ConflictError(f"method must drop image tokens for see, got {method.slug()}")
-        if shown[place] in shown[:place]:
-            raise ParameterError(
-                f"method must be given once with the same parameters, got {shown[place]} twice"
-            )
-    return methods
 
 
 def _given(settings: SeeSettings, device: Any, say: Callable[[str], None]) -> _Asked:

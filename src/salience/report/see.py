@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salience.core import pictures
 from salience.core.pictures import bytes_text
-from salience.report import words, write_page
+from salience.report import answers, words, write_page
 from salience.report.view import drawn, variable
 
 if TYPE_CHECKING:
@@ -127,30 +126,12 @@ def _names(shown: list[Mapping[str, Any]]) -> str:
 def _answer(
     name: str, arm: Mapping[str, Any], plain: Mapping[str, Any], colour: str, first: bool
 ) -> dict[str, Any]:
-    same = arm["answer"] == plain["answer"]
-    return {
-        "name": name,
-        "colour": colour,
-        "parts": [(arm["answer"], False)] if same else _marked(plain["answer"], arm["answer"]),
-        "note": "all image tokens" if first else "the same answer" if same else "another answer",
-        "sign": "" if first else "=" if same else "≠",
-        "cost": ""
-        if first
-        else words.tied(
-            f"{100 * arm['share_of_token_layers']:.0f} % of the image tokens over all layers, "
-            f"prefill {arm['prefill_ratio']:.2f}×, KV cache {_times(arm['kv_ratio'])}"
-        ),
-    }
-
-
-def _marked(before: str, now: str) -> list[tuple[str, bool]]:
-    """The new text in pieces, each with whether it is not in the old one at this place; word by word."""
-    old, new = (re.findall(r"\s+|\S+", text) for text in (before, now))
-    pieces = []
-    for kind, _, _, start, end in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        if end > start:
-            pieces.append(("".join(new[start:end]), kind != "equal"))
-    return pieces
+    cost = (
+        f"{100 * arm['share_of_token_layers']:.0f} % of the image tokens over all layers, "
+        f"prefill {arm['prefill_ratio']:.2f}×, KV cache {answers.times(arm['kv_ratio'])}"
+    )
+    before = None if first else plain["answer"]
+    return answers.card(name, colour, arm["answer"], before, "all image tokens", cost)
 
 
 def _row(
@@ -164,22 +145,11 @@ def _row(
         "first": first,
         "steps": [(f"from layer {layer}" if layer else "", f"{count:,}") for layer, count in steps],
         "cells": [
-            _cell(f"{100 * arm['share_of_token_layers']:.1f} %"),
-            _cell(words.seconds_text(seconds), None if first else arm["prefill_ratio"]),
-            _cell(bytes_text(held), None if first else arm["kv_ratio"]),
+            answers.cell(f"{100 * arm['share_of_token_layers']:.1f} %"),
+            answers.cell(words.seconds_text(seconds), None if first else arm["prefill_ratio"]),
+            answers.cell(bytes_text(held), None if first else arm["kv_ratio"]),
         ],
     }
-
-
-def _cell(text: str, ratio: float | None = None) -> dict[str, str]:
-    """A figure and under it how many times the plain one it is."""
-    small = "" if ratio is None else _times(ratio)
-    tone = "" if ratio is None or abs(ratio - 1) < 0.005 else "less" if ratio < 1 else "more"
-    return {"text": words.tied(text), "small": small, "tone": tone}
-
-
-def _times(value: float | None) -> str:
-    return words.NONE if value is None else f"{value:.2f}×"
 
 
 def _shown_text(text: str) -> str:
@@ -192,15 +162,7 @@ def _shown_text(text: str) -> str:
 
 
 def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    model = result["model"]
-    about = [
-        model["class"],
-        f"{words.count_text(model['parameters'])} parameters",
-        f"{model['layers']} layers",
-    ]
-    facts = [("Model", f"{model['name']} ({'; '.join([*about, model['dtype']])})")]
-    if model["source"] not in ("", model["name"]):
-        facts.append(("Source", model["source"]))
+    facts = answers.model_facts(result["model"])
     facts.append(
         ("Prompt", f"{result['prompt_tokens']:,} tokens, {result['image_tokens']:,} of them of images")
     )
