@@ -255,6 +255,19 @@ def test_a_cache_that_is_longer_than_what_it_holds():
         torch.testing.assert_close(read, expected, rtol=0, atol=2e-5)
 
 
+def test_a_slower_kernel_is_told_once(monkeypatch):
+    from salience import kernels
+
+    monkeypatch.setattr(kernels, "which", lambda *_, **__: ("gather", "triton is not installed"))
+    model, batch = FAMILIES["llama"](), prompts()
+    with sal.focus(model, sal.StreamingLLM(window=16)) as handle:
+        with pytest.warns(UserWarning, match="runs by gather: triton is not installed") as told:
+            logits(model, batch)
+            logits(model, batch)
+        assert handle.spent["streaming-llm"]["kernel"] == "gather"
+    assert len([one for one in told if "runs by" in str(one.message)]) == 1
+
+
 def test_gradients_flow_through_what_is_seen():
     model, batch = FAMILIES["llama"](), prompts()
     with sal.focus(model, sal.BlockTopK(keep=0.3, q_block=16, k_block=8)):
