@@ -336,6 +336,7 @@ def test_quick_model_answers_and_fails_without_the_block_of_the_note(quick, kind
 @pytest.mark.slow
 def test_trained_model_answers_every_kind_far_beyond_what_it_was_trained_on(tmp_path, monkeypatch):
     monkeypatch.setenv("SALIENCE_CACHE", str(tmp_path))
+    # not every seed learns: with 3 the look-up by key does not form in these steps, and only "single" is answered
     model, tokenizer = needles.load(seed=0)
     for length, count in ((1024, 40), (4096, 10)):
         for kind in needles.KINDS:

@@ -88,7 +88,7 @@ def folder(seed: int = 0, quick: bool = False, *, progress: bool | None = None) 
     """The checkpoint; trained at the first call on a machine and found in the cache afterwards.
 
     Args:
-        seed (int): >= 0; initial weights and the texts to train on.
+        seed (int): >= 0; initial weights and the texts to train on. 0, 1 and 2 learn to look notes up; 3 does not.
         quick (bool): a shorter training, for tests: it answers at 512 tokens.
         progress (bool | None): show a bar while training; None shows it where standard error is a terminal.
 
