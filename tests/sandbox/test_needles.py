@@ -166,6 +166,20 @@ def test_first_layer_starts_with_heads_that_look_back(untrained):
         assert first[head, 10:].argmax(-1).tolist() == [place - back for place in range(10, 40)]
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_second_layer_starts_with_heads_that_find_notes_by_their_keys(seed, tokenizer):
+    model = training.new_model(_BRIEF, seed).eval()
+    model.set_attn_implementation("eager")
+    found = []
+    for text in needles.texts(8, 128, "by key", 0):
+        ids = torch.tensor([tokenizer(text.prompt)["input_ids"]])
+        with torch.no_grad():
+            second = model(input_ids=ids, output_attentions=True).attentions[1][0, :2, -1]
+        found.append(second[:, text.places[0] + 3])
+    # sixteen notes share the attention, with 48 tokens of filler
+    assert torch.stack(found).mean() > 0.15
+
+
 def test_filler_that_stands_for_more_is_as_if_it_were_there_more_often(untrained):
     stage = training.Stage(1, 3, 96, 8, 30)
     made = training.batch(stage, random.Random(0), torch.Generator().manual_seed(0))
@@ -336,8 +350,8 @@ def test_quick_model_answers_and_fails_without_the_block_of_the_note(quick, kind
 @pytest.mark.slow
 def test_trained_model_answers_every_kind_far_beyond_what_it_was_trained_on(tmp_path, monkeypatch):
     monkeypatch.setenv("SALIENCE_CACHE", str(tmp_path))
-    # not every seed learns: with 3 the look-up by key does not form in these steps, and only "single" is answered
-    model, tokenizer = needles.load(seed=0)
+    # a seed on which an earlier start of the weights failed to learn the look-up by key
+    model, tokenizer = needles.load(seed=3)
     for length, count in ((1024, 40), (4096, 10)):
         for kind in needles.KINDS:
             reached = needles.accuracy(model, tokenizer, needles.texts(count, length, kind, 0))

@@ -157,10 +157,11 @@ def _start(model: Any, generator: torch.Generator) -> None:
     values[:, :, _CONSTANT] = 0
     values[:, half:] *= 0.1
     spaces = basis(width)[:, : 2 * half].split(half, dim=1)
-    outputs[:, :3] *= 0.1
-    for head, space in enumerate((0, 1, 0)):
-        outputs[:, head, :half] = spaces[space] * width**-0.5
-    model.model.layers[0].mlp.down_proj.weight.mul_(0.2)
+    outputs *= 0.1
+    # above all else in the hidden states, or what the second layer looks for drowns in it
+    for head, (space, strength) in enumerate(((0, 2), (1, 2), (0, 1))):
+        outputs[:, head, :half] = spaces[space] * strength * width**-0.5
+    model.model.layers[0].mlp.down_proj.weight.mul_(0.02)
 
     queries, keys, values, outputs = _by_head(second, size)
     mixed = 1.5 * basis(half)
