@@ -63,8 +63,21 @@ class Focus:
         """By slug: what was kept and what it cost, with counts and bytes."""
         return {method.slug(): part.spent() for method, part in zip(self.methods, self.parts)}
 
+    def finish(self) -> Focus:
+        """Make final what methods that cut have decided: the model is smaller for good, and an ordinary one.
+
+        What would bring the removed units back is forgotten and its memory freed; a later `undo` only takes off
+        what else was attached. Methods that cut nothing stay as they are. A second call does nothing.
+
+        Returns:
+            Focus: itself.
+        """
+        for part in self.parts:
+            part.finish()
+        return self
+
     def undo(self) -> None:
-        """Take everything off again; a second call does nothing."""
+        """Take everything off again, but for what `finish` made final; a second call does nothing."""
         for part in reversed(self.parts):
             part.undo()
         self._record.undo()
@@ -72,12 +85,15 @@ class Focus:
     def save(self, folder: str | Path) -> Path:
         """Write an ordinary checkpoint that `from_pretrained` loads without salience, and `salience.json`.
 
+        Methods that cut are finished first: the checkpoint holds the smaller model.
+
         Args:
             folder (str | Path): made if it does not exist.
 
         Returns:
             Path: the folder.
         """
+        self.finish()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self._kind == "trainer":

@@ -72,6 +72,10 @@ class Attachment:
 
         self.on_undo(restore)
 
+    def forget(self) -> None:
+        """Keep everything as it is now: nothing will be undone, and what was remembered for it is freed."""
+        self._undo.clear()
+
     def undo(self) -> None:
         """Undo everything, last first. Every inverse runs, also when one of them fails.
 

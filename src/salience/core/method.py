@@ -30,6 +30,7 @@ class Method:
         arxiv (str): the paper's arXiv id, empty for a baseline.
         title (str): the paper's title.
         conflicts (dict[str, str]): slug of a method that it cannot be combined with -> the reason.
+        cuts (bool): whether it takes units out of the model, which `Focus.finish` and `Focus.save` make final.
     """
 
     unit: ClassVar[str]
@@ -40,6 +41,7 @@ class Method:
     arxiv: ClassVar[str]
     title: ClassVar[str]
     conflicts: ClassVar[dict[str, str]] = {}
+    cuts: ClassVar[bool] = False
 
     # A subclass defines those that it supports; None means "does not act on this kind of target".
     #   attach_trainer(self, site: Site, record: Attachment) -> Part

@@ -115,6 +115,13 @@ class Part:
     def end(self, loop: Loop) -> None:
         """Training is over (also after an exception)."""
 
+    def finish(self) -> None:
+        """Make the decision final, outside training: cut out for good what was masked or can still come back.
+
+        Called before a checkpoint is written, perhaps more than once. A part that cuts keeps what would restore the
+        model in an `Attachment` of its own, whose `undo` the shared record calls, and forgets it here.
+        """
+
     def undo(self) -> None:
         """The method comes off; hooks and wrapped functions are undone by the record, not here."""
 
