@@ -166,6 +166,6 @@ def test_other_commands(cli):
     assert "did you mean ist" in refused(cli, "show", "iist")
     assert "unit must be one of" in refused(cli, "methods", "--unit", "tokn")
     assert "seeds must be >= 2" in refused(cli, "bench", "ist", "--seeds", "1")
-    assert "method must be one method, or --all and none" in refused(cli, "bench")
+    assert "method must be one or several, or --all and none" in refused(cli, "bench")
     code, _, err = cli("tune", "--no-such-option")
     assert code == 2 and "No such option" in err

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def bench(
-    method: Annotated[str | None, typer.Argument(help="The method whose claim to rerun.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Argument(help="The methods whose claims to rerun, one after the other.")
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="All methods, one after the other.")] = False,
     seeds: Annotated[
         int | None, typer.Option(help="How many seeds (at least 2); default: the claim's own.")
@@ -31,6 +33,8 @@ def bench(
 
         salience bench ist
 
+        salience bench hip dhsa sale
+
         salience bench --all --seeds 3
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -40,11 +44,11 @@ def bench(
     from salience.core.registry import entries, find
     from salience.hosts.checkpoints import check_device
 
-    require((method is None) == every, "method", "one method, or --all and none", method)
+    require(bool(method) != every, "method", "one or several, or --all and none", method)
     if seeds is not None:
         require(seeds >= 2, "seeds", ">= 2 (an interval needs two)", seeds)
     place = str(check_device(device))
-    slugs = list(entries()) if every else [find(method or "").slug]
+    slugs = list(entries()) if every else [find(name).slug for name in method or ()]
     experiments = [load_experiment(slug) for slug in slugs]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     for experiment in experiments:
