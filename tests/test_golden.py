@@ -20,7 +20,11 @@ WITHOUT = {
     "block-top-k": "a baseline; its official code chooses inside a GPU kernel",
     "dense-attention": "a baseline without a paper",
     "fastv": "its official code is a patched model without a function of its own to call",
+    "frequency-experts": "a baseline without a paper",
+    "random-experts": "a baseline without a paper",
     "random-tokens": "a baseline without a paper",
+    "reap": "a rival written from its paper; its official code was not compared",
+    "router-score-experts": "a baseline without a paper",
     "streaming-llm": "a baseline; its official code drops keys from a cache and computes no map",
     "tome": "its official code merges in a vision transformer, ours in a decoder",
 }

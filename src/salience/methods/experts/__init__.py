@@ -1,0 +1,1 @@
+"""Methods that score the experts of a mixture and keep those that matter."""
