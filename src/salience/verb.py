@@ -95,11 +95,18 @@ class Focus:
         """
         self.finish()
         folder = Path(folder)
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        if self._kind == "trainer":
-            self.target.save_model(str(folder))
-        else:
-            self.target.save_pretrained(str(folder))
+        try:
+            if self._kind == "trainer":
+                self.target.save_model(str(folder))
+            else:
+                self.target.save_pretrained(str(folder))
+        except BaseException:
+            # a refused save leaves nothing behind
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
+            raise
         about = {"methods": [repr(method) for method in self.methods], "spent": self.spent}
         (folder / "salience.json").write_text(json.dumps(about, indent=1, default=str), encoding="utf-8")
         return folder
