@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/first
+# two processes of one thread are faster than one of two: the models of the tests are tiny
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .PHONY: run test test-slow check style index docs bench clean
 
@@ -10,8 +12,8 @@ run: $(VENV)/ready  ## tune the sandbox model and write the report
 	$(BIN)/salience tune --out $(OUT)
 
 test: $(VENV)/ready  ## the fast tests, then the slow ones
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest -m slow
+	$(TESTS)
+	$(TESTS) -m slow
 
 check: $(VENV)/ready  ## format, lint, types, generated files
 	$(BIN)/ruff format --check .
