@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from statistics import fmean
 from typing import Any
 
@@ -108,7 +108,7 @@ def runner(arms: Mapping[str, Make | None]) -> Runner:
 
 
 # several claims in one process ask for the same baselines
-@lru_cache(maxsize=None)
+@cache
 @torch.no_grad()
 def measure(seed: int, device: str, method: Method | None, tokens: int, count: int) -> dict[str, float]:
     """Accuracy, recall and kept share of one method on one model.
@@ -159,7 +159,7 @@ def prompt_of(seed: int, tokens: int, device: str = "cpu") -> Prompt:
     return seen[0]
 
 
-@lru_cache(maxsize=None)
+@cache
 @torch.no_grad()
 def growth(seed: int, method: Method | None) -> float:
     """The slope of log time over log length; the better of two runs, in processor time of one thread."""
