@@ -1,7 +1,6 @@
 """`salience shrink` from the command to the checkpoints and the page, and one line for whatever a user gets wrong."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -208,28 +207,25 @@ def test_experts_are_removed_at_once(checkpoint, lines, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_losses(checkpoint, lines, tmp_path):
-    def command(out):
-        return [
-            sys.executable, "-m", "salience", "shrink", "--model", str(checkpoint), "--data", str(lines), "--out",
-            str(out), "--method", METHODS[0], "--steps", "24", "--save-every", "3", "--batch-size", "4", "--repeats",
-            "1", "--prompt-tokens", "16", "--new-tokens", "4", "--no-baseline", "--device", "cpu",
-        ]  # fmt: skip
-
     def losses(out):
         path = out / "metrics.jsonl"
         found = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
         return [{k: v for k, v in row.items() if k != "seconds"} for row in found]
 
-    settings = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL}
+    settings = {"model": str(checkpoint), "data": str(lines), "methods": METHODS[:1], "device": "cpu", **FAST}
+    recipe = ShrinkRecipe(**{**settings, "steps": 24, "save_every": 3, "baseline": False})
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run(command(whole), check=True, stderr=subprocess.DEVNULL, **settings)
-    process = subprocess.Popen(command(broken), stderr=subprocess.DEVNULL, **settings)
+    shrink(recipe, whole)
+    stored = tmp_path / "recipe.json"
+    stored.write_text(recipe.model_dump_json())
+    command = [sys.executable, "-m", "salience", "shrink", "--recipe", str(stored), "--out", str(broken)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(losses(broken)) < 10:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it was killed: give it more steps"
     assert not (broken / "models").exists()
-    subprocess.run(command(broken), check=True, stderr=subprocess.DEVNULL, **settings)
+    shrink(recipe, broken)
     assert losses(broken) == losses(whole)
     paths = [folder / "models" / NAMES[0] / "model.safetensors" for folder in (whole, broken)]
     assert paths[0].read_bytes() == paths[1].read_bytes()

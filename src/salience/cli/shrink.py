@@ -182,32 +182,28 @@ def _summary(result: dict[str, Any], out: Path) -> None:
     from salience.report.words import count_text, number, quality_text
 
     quality, first = result["quality"], result["arms"][result["untouched"]]
+    unit = "%" if quality and quality["unit"] == "%" else ""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    names = ([quality["name"]] if quality else []) + [
-        "parameters",
-        "on disk",
-        "peak memory",
-        "prefill",
-        "decode",
-    ]
+    table.add_column("", overflow="fold")
+    names = [quality["name"]] if quality else []
+    names += ["parameters", "on disk", "peak memory", "prefill tokens/s", "decode tokens/s"]
     for name in names:
         table.add_column(name, justify="right")
     for name, arm in result["arms"].items():
-        told = [quality_text(arm["quality"]["overall"], quality["unit"])] if quality else []
+        told = [quality_text(arm["quality"]["overall"], unit)] if quality else []
         for key, text in (
             ("parameters", count_text),
             ("bytes_on_disk", bytes_text),
             ("peak_bytes", bytes_text),
-            ("prefill_tokens_per_second", lambda value: f"{number(value, 3)} tokens/s"),
-            ("decode_tokens_per_second", lambda value: f"{number(value, 3)} tokens/s"),
+            ("prefill_tokens_per_second", lambda value: number(value, 3)),
+            ("decode_tokens_per_second", lambda value: number(value, 3)),
         ):
             value, before = arm[key], first[key]
             ratio = f" ({value / before:.2f}x)" if name != result["untouched"] and value and before else ""
             told.append("-" if value is None else text(value) + ratio)
         table.add_row(Text(arm["label"]), *told)
     for one in result["tuned"].values():
-        shown = quality_text(one["quality"]["overall"], quality["unit"])
+        shown = quality_text(one["quality"]["overall"], unit)
         table.add_row(Text(one["label"]), shown, *[""] * (len(names) - 1))
     console = Console()
     console.print(table)

@@ -22,6 +22,8 @@ from salience.jobs._shrink_sources import Source
 from salience.jobs.shrink_recipe import ShrinkRecipe
 
 UNTOUCHED = "untouched"
+# held-out nats/token of the quick sandbox model after 60 steps (untouched 3.516; as much LoRA with nothing removed
+# 3.321): keep 0.75 gives 3.324 at 0.86 of the parameters, keep 0.5 gives 3.432 at 0.59
 RECOMMENDED = ("loraprune:keep=0.75",)
 _STEPS, _QUICK_STEPS = 300, 60
 _RATE, _SANDBOX_LORA_RATE = 3e-4, 3e-3

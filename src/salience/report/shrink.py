@@ -97,8 +97,7 @@ def page(folder: Path) -> dict[str, Any]:
         ),
         "tasks": _tasks(result),
         "removed": [_removed(folder, name, arms[name]) for name in others],
-        "loading": [(arms[name]["class"], name, _proof(result, arms[name])) for name in others],
-        "folder": str(folder),
+        "loading": [_loading(folder, result, name) for name in others],
         "recipe": json.dumps(recipe, indent=2, ensure_ascii=False),
         "command": _command(folder),
         "about": {name: str(value) for name, value in result["about"].items() if value},
@@ -310,10 +309,11 @@ def _fair(result: Mapping[str, Any]) -> list[str]:
         said.append(
             words.tied(
                 f"{one['steps']:,} steps of {'LoRA' if one['lora'] else 'training'} with nothing removed take the "
-                f"untouched model from {_two(first, one, quality['unit'], ' to ')}. What a model that was trained as "
-                "long differs from that is what removing cost."
+                f"untouched model from {_two(first, one, quality['unit'], ' to ')}."
             )
         )
+    if said:
+        said[-1] += " What a model that was trained as long differs from that is what removing cost."
     return said
 
 
@@ -345,7 +345,9 @@ def _tasks(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not quality:
         return []
     names = [key for key in arms[first]["quality"] if key.startswith("task.")]
-    return [_quality_row(arms, first, key.removeprefix("task."), "", key, quality["unit"]) for key in names]
+    unit = quality["unit"] if quality["unit"] == "%" else ""
+    note = "" if unit else f"{quality['name']}, {quality['unit']}"
+    return [_quality_row(arms, first, key.removeprefix("task."), note, key, unit) for key in names]
 
 
 def _removed(folder: Path, name: str, arm: Mapping[str, Any]) -> dict[str, Any]:
@@ -363,6 +365,14 @@ def _removed(folder: Path, name: str, arm: Mapping[str, Any]) -> dict[str, Any]:
             for one in shown
         ],
     }
+
+
+def _loading(folder: Path, result: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """The line that loads an arm's checkpoint, and what was seen when it was."""
+    place, arm = folder / "models" / name, result["arms"][name]
+    if (place / "factors.safetensors").is_file():
+        return f'load_factors("{place}")', f"Factors, which no stock config can say, {_proof(result, arm)}."
+    return f'{arm["class"]}.from_pretrained("{place}")', f"Loaded without salience, {_proof(result, arm)}."
 
 
 def _proof(result: Mapping[str, Any], arm: Mapping[str, Any]) -> str:
