@@ -93,15 +93,19 @@ def seal(folder: Path) -> None:
     _sync(folder)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint under `folder`; torn ones beside it are removed."""
-    whole: list[Path] = []
+def last_checkpoint(folder: Path, steps: int) -> Path | None:
+    """The newest whole checkpoint under `folder` that leaves something to train; the others after it are removed.
+
+    Torn ones are of no use, and a Trainer that resumes after the last of `steps` steps takes one more.
+    """
+    whole: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*"):
-        if (path / MARKER).is_file():
-            whole.append(path)
+        step = int(path.name.rpartition("-")[2])
+        if step < steps and (path / MARKER).is_file():
+            whole[step] = path
         else:
             shutil.rmtree(path)
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return whole[max(whole)] if whole else None
 
 
 def _sync(path: Path) -> None:

@@ -147,7 +147,7 @@ def _train(
     trainer, meters = tuning._trainer(arm, task, model, home, folder, progress, stop)
     handle = focus(trainer, arm.methods)
     trainer.add_callback(tuning._Seal(meters))
-    resume = last_checkpoint(home)
+    resume = last_checkpoint(home, task.steps)
     tuning._trim_metrics(folder / "metrics.jsonl", arm.name, resume)
     if resume is not None:
         meters.__dict__.update(json.loads((resume / "meters.json").read_text(encoding="utf-8")))

@@ -146,7 +146,7 @@ def run_arm(
     trainer, meters = _trainer(arm, task, model, home, folder, progress, stop)
     handle = focus(trainer, arm.methods) if arm.methods else None
     trainer.add_callback(_Seal(meters))
-    resume = last_checkpoint(home)
+    resume = last_checkpoint(home, task.steps)
     _trim_metrics(folder / "metrics.jsonl", arm.name, resume)
     if resume is not None:
         meters.__dict__.update(json.loads((resume / "meters.json").read_text(encoding="utf-8")))
