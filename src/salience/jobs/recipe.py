@@ -7,11 +7,13 @@ repeats the run.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from salience.core.errors import ParameterError
+
+Recipe = TypeVar("Recipe", bound=BaseModel)
 
 
 class TuneRecipe(BaseModel):
@@ -70,10 +72,16 @@ class TuneRecipe(BaseModel):
 
 
 def make_recipe(file: str | Path | None, options: dict[str, Any]) -> TuneRecipe:
+    """A recipe to tune by, as `read_recipe` makes it."""
+    return read_recipe(TuneRecipe, file, options)
+
+
+def read_recipe(kind: type[Recipe], file: str | Path | None, options: dict[str, Any]) -> Recipe:
     """A recipe from a YAML file and from options that were really given.
 
     Args:
-        file (str | Path | None): YAML or JSON with fields of `TuneRecipe`.
+        kind (type[BaseModel]): the recipe's class.
+        file (str | Path | None): YAML or JSON with fields of it.
         options (dict[str, Any]): field -> value; they win over the file.
 
     Raises:
@@ -81,16 +89,16 @@ def make_recipe(file: str | Path | None, options: dict[str, Any]) -> TuneRecipe:
     """
     values = {**(_read(Path(file)) if file is not None else {}), **options}
     try:
-        return TuneRecipe(**values)
+        return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "recipe"
         if first["type"] == "extra_forbidden":
             import difflib
 
-            close = difflib.get_close_matches(name, TuneRecipe.model_fields, n=2, cutoff=0.5)
+            close = difflib.get_close_matches(name, kind.model_fields, n=2, cutoff=0.5)
             hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-            known = ", ".join(TuneRecipe.model_fields)
+            known = ", ".join(kind.model_fields)
             raise ParameterError(f"recipe field must be one of {known}, got {name!r}{hint}") from error
         wanted = first["msg"].removeprefix("Input should be ")
         raise ParameterError(f"{name} must be {wanted}, got {first['input']!r}") from error

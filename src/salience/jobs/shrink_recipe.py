@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from salience.core.errors import ParameterError
-from salience.jobs.recipe import _read
+from salience.jobs.recipe import read_recipe
 
 World = Literal["text", "instructions", "mixture"]
 
@@ -78,25 +76,5 @@ class ShrinkRecipe(BaseModel):
 
 
 def make_shrink_recipe(file: str | Path | None, options: dict[str, Any]) -> ShrinkRecipe:
-    """A recipe from a YAML file and from options that were really given.
-
-    Args:
-        file (str | Path | None): YAML or JSON with fields of `ShrinkRecipe`.
-        options (dict[str, Any]): field -> value; they win over the file.
-
-    Raises:
-        ParameterError: if the file cannot be read, or a field is unknown or out of range.
-    """
-    values = {**(_read(Path(file)) if file is not None else {}), **options}
-    try:
-        return ShrinkRecipe(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "recipe"
-        if first["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(name, ShrinkRecipe.model_fields, n=2, cutoff=0.5)
-            hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-            known = ", ".join(ShrinkRecipe.model_fields)
-            raise ParameterError(f"recipe field must be one of {known}, got {name!r}{hint}") from error
-        wanted = first["msg"].removeprefix("Input should be ")
-        raise ParameterError(f"{name} must be {wanted}, got {first['input']!r}") from error
+    """A recipe to shrink by, as `read_recipe` makes it."""
+    return read_recipe(ShrinkRecipe, file, options)
