@@ -3,7 +3,8 @@
 Each `tests/methods/test_<slug>.py` defines `CONTRACT`: `method`, an instance fit for a tiny model; `model`, a
 function that makes that model; `bad`, a map from a parameter to (bad value, expected text); and optionally
 `trainer`, settings for the Trainer, `trainer_model`, a function that makes another model for it, and `inputs`, one
-that makes a batch for the model. Methods on image tokens
+that makes a batch for the model. Methods on datasets give `dataset`, a function that makes one, and `picks`, one that
+makes an instance which can pick of it. Methods on image tokens
 also give `keep_all`, an instance that drops nothing: tests/test_visual_tokens.py runs them over every family.
 """
 
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent / "methods"))
 SLUGS = sorted(entries())
 TRAINING = [slug for slug in SLUGS if "trainer" in entries()[slug].targets]
 MODELS = [slug for slug in SLUGS if "model" in entries()[slug].targets]
+DATASETS = [slug for slug in SLUGS if "dataset" in entries()[slug].targets]
 
 
 def contract(slug):
@@ -201,3 +203,27 @@ def test_model_attach_and_undo_leave_no_trace(slug):
         assert not torch.equal(focused, logits)
     same(before, snapshot(model))
     assert torch.equal(outputs(model, slug), logits)
+
+
+@pytest.mark.parametrize("slug", DATASETS)
+def test_dataset_attach_picks_and_leaves_everything_else_alone(slug, tmp_path):
+    case = contract(slug)
+    data, method = case["dataset"](), case["picks"]()
+    rows = data.to_list()
+    model = method.model[0] if isinstance(getattr(method, "model", None), tuple) else None
+    before = None if model is None else snapshot(model)
+    random = torch.get_rng_state()
+    runs = [sal.focus(data, method) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), random), "picking moved the global random state"
+    assert data.to_list() == rows, "the dataset itself was changed"
+    picked, again = (run.dataset.to_list() for run in runs)
+    assert picked == again and 0 < len(picked) < len(rows)
+    places = [rows.index(row) for row in picked]
+    assert places == sorted(places), "what is kept stays in its order"
+    for name, scores in runs[0].scores.items():
+        assert torch.equal(scores.nan_to_num(), runs[1].scores[name].nan_to_num()), name
+    assert type(method).__name__ in repr(runs[0]) and runs[0].spent[slug]["kept"] == len(picked)
+    runs[0].save(tmp_path / "picked")
+    assert (tmp_path / "picked" / "scores.parquet").is_file()
+    if model is not None:
+        same(before, snapshot(model))

@@ -22,6 +22,8 @@ WITHOUT = {
     "fastv": "its official code is a patched model without a function of its own to call",
     "frequency-experts": "a baseline without a paper",
     "random-experts": "a baseline without a paper",
+    "perplexity": "a baseline: the model's loss",
+    "random-samples": "a baseline without a paper",
     "random-tokens": "a baseline without a paper",
     "reap": "a rival written from its paper; its official code was not compared",
     "router-score-experts": "a baseline without a paper",

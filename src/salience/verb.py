@@ -85,7 +85,8 @@ class Focus:
     def save(self, folder: str | Path) -> Path:
         """Write an ordinary checkpoint that `from_pretrained` loads without salience, and `salience.json`.
 
-        Methods that cut are finished first: the checkpoint holds the smaller model.
+        Methods that cut are finished first: the checkpoint holds the smaller model. Of a dataset, `scores.parquet`
+        (id, score, decision) and the samples that were kept, in `data/`, are written instead.
 
         Args:
             folder (str | Path): made if it does not exist.
@@ -97,8 +98,12 @@ class Focus:
         folder = Path(folder)
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
+        about: dict[str, Any] = {"methods": [repr(method) for method in self.methods], "spent": self.spent}
         try:
-            if self._kind == "trainer":
+            if self._kind == "dataset":
+                files = [part.save(folder, last=part is self.parts[-1]) for part in self.parts]
+                about["selection"] = files[-1]
+            elif self._kind == "trainer":
                 self.target.save_model(str(folder))
             else:
                 self.target.save_pretrained(str(folder))
@@ -107,7 +112,6 @@ class Focus:
             if made and not any(folder.iterdir()):
                 folder.rmdir()
             raise
-        about = {"methods": [repr(method) for method in self.methods], "spent": self.spent}
         (folder / "salience.json").write_text(json.dumps(about, indent=1, default=str), encoding="utf-8")
         return folder
 

@@ -72,6 +72,36 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
 
 
 @contextmanager
+def file_atomic(path: str | Path) -> Iterator[Path]:
+    """Fill a file that appears under its name only when the block ends well. Missing parent folders are made.
+
+    Args:
+        path (str | Path): the final place.
+
+    Yields:
+        Path: a file beside it that is not there yet, to write.
+
+    Raises:
+        FileError: as for `write_text_atomic`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    with _explained(path):
+        _refuse_file(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _explained(path, *_SPACE):
+            yield temporary
+        with _explained(path):
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
 def folder_atomic(path: str | Path) -> Iterator[Path]:
     """Fill a folder that appears under its name only when the block ends well, in place of an earlier one.
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from salience.core.loop import Loop
     from salience.core.scores import History
 
@@ -132,6 +134,18 @@ class Part:
     def spent(self) -> dict[str, Any]:
         """What was kept and what it cost, in plain numbers and words: counts, shares, bytes."""
         return {}
+
+    def save(self, folder: Path, *, last: bool = True) -> list[str]:
+        """Write what a method on a dataset decided, and if it is the last of several what was picked.
+
+        Args:
+            folder (Path): is there.
+            last (bool): whether no other method picked after it.
+
+        Returns:
+            list[str]: names, relative to the folder, of the files that hold the samples picked.
+        """
+        raise TypeError(f"{type(self).__name__} acts on a dataset and must define save")
 
     def draw(self) -> Any:
         """A matplotlib figure of what was decided, None where the histories say it all."""

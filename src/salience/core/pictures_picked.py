@@ -1,0 +1,110 @@
+"""The picture of what was picked of a dataset: the scores, where the kept documents come from, and both ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from salience.core import pictures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_BINS, _MOST_SOURCES, _MOST_CHARACTERS = 60, 12, 90
+KEPT, DROPPED = "#0072b2", "#b9c2cc"
+
+
+def draw_picked(
+    values: np.ndarray,
+    kept: np.ndarray,
+    sources: Mapping[str, Sequence[int]],
+    examples: Sequence[Mapping[str, Any]] = (),
+) -> Figure:
+    """Draw the scores of kept and dropped documents, the sources, and the first words of documents at both ends.
+
+    Args:
+        values (np.ndarray): [N] scores, NaN where there is none.
+        kept (np.ndarray): [N] nonzero where kept.
+        sources (Mapping): name -> documents and documents kept.
+        examples (Sequence[Mapping]): id, score and text, the highest first; empty draws none.
+    """
+    with pictures._style():
+        from matplotlib.figure import Figure
+
+        shown = list(sources.items())[:_MOST_SOURCES]
+        heights = [2.2, 0.5 + 0.3 * len(shown)] + ([0.4 + 0.22 * len(examples)] if examples else [])
+        figure = Figure(figsize=(8.2, sum(heights) + 1.2), layout="constrained")
+        axes = figure.subplots(len(heights), 1, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
+        _histogram(axes[0], values, kept)
+        _sources(axes[1], shown)
+        if examples:
+            _examples(axes[2], examples)
+        return figure
+
+
+def counts(
+    values: np.ndarray, kept: np.ndarray, bins: int = _BINS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Edges [bins + 1] and how many documents are kept and dropped in each bin [bins]; the outermost bins hold what
+    lies beyond the 0.5th and 99.5th percentile."""
+    step = max(1, len(values) // 200_000)
+    some = np.asarray(values[::step])
+    some = some[np.isfinite(some)]
+    low, high = np.percentile(some, [0.5, 99.5]) if len(some) else (0.0, 1.0)
+    edges = np.linspace(low, high if high > low else low + 1.0, bins + 1)
+    ours, others = np.zeros(bins, np.int64), np.zeros(bins, np.int64)
+    for start in range(0, len(values), 1 << 20):
+        part = np.asarray(values[start : start + (1 << 20)])
+        mark = np.asarray(kept[start : start + (1 << 20)]).astype(bool)
+        known = np.isfinite(part)
+        inside = np.clip(part, edges[0], edges[-1])
+        ours += np.histogram(inside[known & mark], edges)[0]
+        others += np.histogram(inside[known & ~mark], edges)[0]
+    return edges, ours, others
+
+
+def _histogram(axes: Any, values: np.ndarray, kept: np.ndarray) -> None:
+    edges, ours, others = counts(values, kept)
+    width = np.diff(edges)
+    axes.bar(edges[:-1], others, width, align="edge", color=DROPPED, label=f"dropped, {int(others.sum()):,}")
+    axes.bar(
+        edges[:-1], ours, width, align="edge", bottom=others, color=KEPT, label=f"kept, {int(ours.sum()):,}"
+    )
+    axes.set_title("scores of the documents")
+    axes.set_xlabel("score")
+    axes.set_ylabel("documents")
+    axes.legend()
+
+
+def _sources(axes: Any, shown: Sequence[tuple[str, Sequence[int]]]) -> None:
+    places = np.arange(len(shown))
+    shares = [kept / total if total else 0.0 for _, (total, kept) in shown]
+    axes.barh(places, [1.0] * len(shown), color=DROPPED)
+    axes.barh(places, shares, color=KEPT)
+    for place, (_, (total, kept)) in enumerate(shown):
+        axes.text(1.01, place, f"{kept:,} of {total:,}", va="center", fontsize=8.5)
+    axes.set_yticks(places, [_short(name or "(none)", 40) for name, _ in shown])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.18)
+    axes.set_xticks([0, 0.5, 1], ["0", "half", "all"])
+    axes.set_title("share kept of each source")
+
+
+def _examples(axes: Any, examples: Sequence[Mapping[str, Any]]) -> None:
+    axes.axis("off")
+    axes.set_title("the highest scores, and the lowest")
+    step = 1 / max(1, len(examples))
+    for place, one in enumerate(examples):
+        line = f"{one['score']:>9.3f}  {_short(one['text'], _MOST_CHARACTERS)}"
+        colour = KEPT if one["kept"] else pictures.MUTED
+        axes.text(
+            0, 1 - (place + 0.5) * step, line, va="center", fontsize=8, family="monospace", color=colour,
+            transform=axes.transAxes,
+        )  # fmt: skip
+
+
+def _short(text: str, most: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
