@@ -19,9 +19,12 @@ HERE = Path(__file__).parent
 WITHOUT = {
     "block-top-k": "a baseline; its official code chooses inside a GPU kernel",
     "dense-attention": "a baseline without a paper",
+    "el2n": "its official code scores images of a classifier, in JAX",
+    "entropy": "a baseline without a paper",
     "fastv": "its official code is a patched model without a function of its own to call",
     "frequency-experts": "a baseline without a paper",
     "random-experts": "a baseline without a paper",
+    "length": "a baseline without a paper",
     "perplexity": "a baseline: the model's loss",
     "random-samples": "a baseline without a paper",
     "random-tokens": "a baseline without a paper",

@@ -40,7 +40,7 @@ def keep_top(
     kept = np.zeros(len(scores), bool) if out is None else out
     number = 1 + max((int(part.max()) for part in _parts(domains) if len(part)), default=0)
     ranked = np.zeros(number, np.int64)
-    for keys, groups, valid in _keys(scores, domains):
+    for _, groups, valid in _keys(scores, domains):
         ranked += np.bincount(groups[valid], minlength=number)
     wanted = np.array([count(keep, int(total)) for total in ranked], np.int64)
     border, left = _border(scores, domains, wanted)

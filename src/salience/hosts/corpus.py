@@ -1,8 +1,8 @@
 """Documents of a dataset, wherever they lie, in shards that can be read again alone and in any order.
 
-A corpus is a `datasets.Dataset`, an `IterableDataset`, or files (`hosts/_corpus_files.py`). Its documents are numbered
-in the order in which it holds them; a shard is a stretch of them. How a corpus is cut depends on nothing but the
-corpus and the number of documents of a shard, so that every machine cuts it alike.
+A corpus is a `datasets.Dataset`, an `IterableDataset`, or files (`hosts/corpus_files.py`). Its documents are
+numbered in the order in which it holds them; a shard is a stretch of them. How a corpus is cut depends on nothing but
+the corpus and the number of documents of a shard, so that every machine cuts it alike.
 """
 
 from __future__ import annotations
