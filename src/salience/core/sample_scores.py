@@ -25,7 +25,7 @@ def mean_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def perplexities(logits: Tensor, labels: Tensor, *, of_tokens: bool = False) -> Tensor:
-    """`exp(mean NLL)` of each sample, [B]; with `of_tokens` the mean of `exp(NLL)`, which a single bad token rules."""
+    """`exp(mean NLL)` of each sample, [B]; with `of_tokens` the mean of `exp(NLL)`, which one bad token rules."""
     if of_tokens:
         return _mean_over_labels(logits, labels, lambda rows, targets: nll(rows, targets).exp())
     return mean_losses(logits, labels).exp()

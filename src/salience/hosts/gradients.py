@@ -1,9 +1,9 @@
 """Gradients of single samples with respect to one layer of a model, and their projection to a few dimensions.
 
 Of an adapted model the adapter's matrices of that layer are differentiated, of a plain one all of its matrices. No
-other parameter takes part, so autograd keeps nothing below the layer. Samples of a batch do not touch each other: the
-gradient of a linear map is the sum over tokens of `output gradient x input`, which is taken for each sample apart from
-one backward pass over the batch.
+other parameter takes part, so autograd keeps nothing below the layer. Samples of a batch do not touch each other, and
+the gradient of a linear map is the sum over tokens of `output gradient x input`: it is taken for each sample apart
+from one backward pass over the batch. Layers with other maps (fused experts) are run one sample at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from salience.hosts.transformers import structure
 
 _BLOCK = 4096  # parameters that are projected together
 _KEPT_BYTES = 256 << 20  # of sign matrices that are kept instead of being made again
-_FIT = "one that reads samples of a batch apart; pass one sample at a time (batch_size=1)"
+_FIELDS = ("logits", "losses", "gradients")
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,27 @@ class LayerGradients:
             batch (Mapping): the model's inputs and labels [B, T], -100 where nothing is learned.
 
         Raises:
-            StructureError: if this layer's gradients can only be told apart one sample at a time, and B is more.
+            StructureError: if the layer has to be run one sample at a time and the batch cannot be taken apart.
         """
+        size = len(batch["labels"])
+        found = self._pass(batch) if self._separable or size == 1 else None
+        if found is not None:
+            return found
+        self._separable = False
+        whole = all(isinstance(value, Tensor) and len(value) == size for value in batch.values())
+        if not whole:
+            raise StructureError(
+                f"layer must be one whose maps are linear for a batch of several pictures, got {self.path}: "
+                "give one sample at a time"
+            )
+        rows = [
+            self._pass({name: value[row : row + 1] for name, value in batch.items()}) for row in range(size)
+        ]
+        parts = [row for row in rows if row is not None]
+        return SamplePass(*(torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS))
+
+    def _pass(self, batch: Mapping[str, Any]) -> SamplePass | None:
+        """None if the samples' gradients cannot be told apart."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         labels = batch["labels"]
         seen: list[tuple[int, Tensor, Tensor]] = []
@@ -88,7 +107,7 @@ class LayerGradients:
             own = logits[:, -labels.shape[1] :]
             losses, _ = sample_losses(*token_losses(own, labels))
             gradients = self._single(losses) if len(labels) == 1 else self._apart(losses, seen)
-        return SamplePass(logits.detach(), losses.detach(), gradients)
+        return None if gradients is None else SamplePass(logits.detach(), losses.detach(), gradients)
 
     def _single(self, losses: Tensor) -> Tensor:
         parameters = [parameter for _, _, parameter in self._matrices]
@@ -101,11 +120,11 @@ class LayerGradients:
         ]
         return torch.cat(flat)[None]
 
-    def _apart(self, losses: Tensor, seen: list[tuple[int, Tensor, Tensor]]) -> Tensor:
+    def _apart(self, losses: Tensor, seen: list[tuple[int, Tensor, Tensor]]) -> Tensor | None:
         size = len(losses)
-        apart = all(given.dim() >= 3 and len(given) == size for _, given, _ in seen)
-        if not self._separable or not apart:
-            raise StructureError(f"layer must be {_FIT}, got {self.path} with {size} samples")
+        # a map that is given the tokens of all samples in one row does not tell whose they are
+        if not all(given.dim() >= 3 and len(given) == size for _, given, _ in seen):
+            return None
         pieces = [
             torch.zeros(size, parameter.numel(), device=losses.device) for _, _, parameter in self._matrices
         ]
@@ -113,7 +132,7 @@ class LayerGradients:
         found = torch.autograd.grad(losses.sum(), outputs, allow_unused=True) if outputs else ()
         for (index, given, _), gradient in zip(seen, found):
             if gradient is not None:
-                module, _, parameter = self._matrices[index]
+                module = self._matrices[index][0]
                 rows, columns = gradient.flatten(1, -2).float(), given.flatten(1, -2).float()
                 if not isinstance(module, nn.Linear):
                     rows, columns = columns, rows  # Conv1D holds its matrix the other way round

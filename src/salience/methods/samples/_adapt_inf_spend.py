@@ -1,4 +1,4 @@
-"""What AdaptInf decides from scores and vectors: budgets of clusters, their experts, who trains, who leaves the pool."""
+"""What AdaptInf decides from scores and vectors: budgets of clusters, their experts, who trains, who leaves."""
 
 from __future__ import annotations
 
@@ -144,23 +144,29 @@ def redundancy(vectors: Tensor, *, block: int = 1024) -> Tensor:
     return most
 
 
-def prune(vectors: Tensor, labels: Tensor, total: int) -> tuple[Tensor, Tensor]:
+def prune(
+    vectors: Tensor, labels: Tensor, total: int, *, groups: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The samples that stay in a pool of at most `total`: in each cluster those that repeat others least.
 
     Args:
-        vectors (Tensor): [n, d] in order of arrival; float16 will do.
+        vectors (Tensor): [n, d] in order of arrival; float16 will do, also mapped from a file.
         labels (Tensor): [n] int64, the cluster of each, from 0.
         total (int): the pool's limit; its share of each cluster is that of `water_fill`.
+        groups (Tensor | None): [n] int64, parts of clusters in which samples are compared; None: whole clusters.
 
     Returns:
         tuple[Tensor, Tensor]: positions that stay, cluster by cluster, each from the least redundant on; and the
         redundancy of all, [n] fp32.
     """
+    most = torch.zeros(len(labels))
+    for group in (labels if groups is None else groups).unique().tolist():
+        members = ((labels if groups is None else groups) == group).nonzero().squeeze(1)
+        most[members] = redundancy(vectors[members])
     clusters = int(labels.max()) + 1 if len(labels) else 0
     shares = water_fill(torch.bincount(labels, minlength=clusters).tolist(), total)
-    most, kept = torch.zeros(len(labels)), []
+    kept = [torch.empty(0, dtype=torch.int64)]
     for cluster, share in enumerate(shares):
         members = (labels == cluster).nonzero().squeeze(1)
-        most[members] = redundancy(vectors[members])
         kept.append(members[most[members].argsort(stable=True)[:share]])
-    return torch.cat(kept) if kept else torch.empty(0, dtype=torch.int64), most
+    return torch.cat(kept), most
