@@ -43,7 +43,8 @@ class Documents:
         return len(self.numbers)
 
 
-# batch -> "score" [B], float, NaN for what cannot be scored, higher is kept; and further columns to keep beside it
+# batch -> "score" [B], float, NaN for what cannot be scored, higher is kept; and further columns to keep beside it, of
+# which those of bool are counted
 Scorer = Callable[[Documents], Mapping[str, Tensor]]
 
 
@@ -56,8 +57,8 @@ class ScoringMethod(Protocol):
     @classmethod
     def slug(cls) -> str: ...
 
-    def scorer(self, model: Any) -> Scorer:
-        """The function that scores a batch; `model` is None unless the method's `needs` say "model"."""
+    def scorer(self, model: Any, tokenizer: Any) -> Scorer:
+        """The function that scores a batch; both are None unless the method's `needs` say "model"."""
         ...
 
 

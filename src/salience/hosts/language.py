@@ -89,6 +89,12 @@ def fingerprint(model: Any) -> str:
     return found.hexdigest()[:32]
 
 
+def vocabulary(tokenizer: Any) -> str:
+    """The same for tokenizers that know the same tokens by the same numbers: a hash."""
+    words = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    return hashlib.sha256(repr(words).encode("utf-8", "replace")).hexdigest()[:16]
+
+
 class TokenMeter:
     """What a model's predictions say of the tokens of a batch.
 

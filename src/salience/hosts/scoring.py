@@ -79,8 +79,10 @@ class ShardScorer:
         for batch in packed(lengths, self.reading.batch_tokens):
             values = self.scorer(self._documents(shard, rows, tokens, asked, characters, batch))
             for name, value in values.items():
-                column = found.setdefault(name, np.full(len(rows), np.nan, np.float32))
-                column[batch] = _checked(name, value, len(batch))
+                values_here = _checked(name, value, len(batch))
+                empty = False if values_here.dtype == bool else np.nan
+                column = found.setdefault(name, np.full(len(rows), empty, values_here.dtype))
+                column[batch] = values_here
         if "score" not in found:
             raise StructureError("a scorer must give the column 'score', got none")
         return {
@@ -220,7 +222,8 @@ def score_shards(
 
 
 def _checked(name: str, value: Any, count: int) -> np.ndarray:
-    values = torch.as_tensor(value).detach().float().cpu().numpy()
+    tensor = torch.as_tensor(value).detach().cpu()
+    values = (tensor if tensor.dtype == torch.bool else tensor.float()).numpy()
     if values.shape != (count,):
         raise StructureError(f"column {name!r} of a scorer must be [{count}], got {list(values.shape)}")
     return values

@@ -26,7 +26,7 @@ from salience.core.loop import evaluating
 from salience.core.part import Part
 from salience.core.top_share import keep_top, threshold
 from salience.hosts.corpus import Corpus, Shard, open_corpus, write_tables
-from salience.hosts.language import fingerprint, longest, scoring_model
+from salience.hosts.language import fingerprint, longest, scoring_model, vocabulary
 from salience.hosts.scoring import ShardScorer, part_path, score_shards
 
 if TYPE_CHECKING:
@@ -172,14 +172,14 @@ def make_scorer(
         },
     }
     if "model" not in getattr(method, "needs", ()):
-        return ShardScorer(corpus, reading, method.scorer(None)), about
+        return ShardScorer(corpus, reading, method.scorer(None, None)), about
     model, tokenizer = scoring_model(
         method.model, method.tokenizer, device=reading.device, dtype=reading.dtype
     )
     length = longest(model, reading.max_length)
-    about |= {"model": fingerprint(model), "max_length": length}
+    about |= {"model": fingerprint(model), "tokenizer": vocabulary(tokenizer), "max_length": length}
     with evaluating(model):
-        function = method.scorer(model)
+        function = method.scorer(model, tokenizer)
 
     def evaluated(batch: Any) -> Any:
         with evaluating(model):
@@ -268,17 +268,19 @@ def gather(
     """The scores of all shards as one mapped file, the number of each document's domain, and counts."""
     total = sum(shard.count for shard in shards)
     names: dict[str, int] = {}
-    counts = {"tokens": 0, "cut": 0, "unscored": 0}
+    counts = {"tokens": 0, "unscored": 0}
     domains = np.memmap(folder / _DOMAINS, np.uint16, "w+", shape=(total,)) if by_domain else None
     with file_atomic(folder / _SCORES) as temporary:
         values = np.memmap(temporary, np.float32, "w+", shape=(total,))
         for shard in shards:
-            table = read_part(folder, shard, ["score", "tokens", "cut", *(["domain"] if by_domain else [])])
+            table = read_part(folder, shard)
             score = table["score"].to_numpy()
             place = slice(shard.first, shard.first + shard.count)
             values[place] = score
             counts["tokens"] += int(table["tokens"].to_numpy().sum())
-            counts["cut"] += int(table["cut"].to_numpy().sum())
+            for field in table.schema:
+                if str(field.type) == "bool":
+                    counts[field.name] = counts.get(field.name, 0) + int(table[field.name].to_numpy().sum())
             counts["unscored"] += int(np.isnan(score).sum())
             if domains is not None:
                 codes = [names.setdefault(name, len(names)) for name in table["domain"].to_pylist()]

@@ -21,19 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from salience.core.errors import SalienceError, require
+from salience.core.places import cache_folder
+
+__all__ = ["cache_folder", "cached"]
 
 _MANIFEST = "made.json"
 _ABANDONED_SECONDS = 24 * 3600
 _SPACE = (errno.ENOSPC, errno.EDQUOT)
-
-
-def cache_folder() -> Path:
-    """Where made things are kept: $SALIENCE_CACHE, else $XDG_CACHE_HOME/salience, else ~/.cache/salience."""
-    chosen = os.environ.get("SALIENCE_CACHE", "")
-    if chosen:
-        return Path(chosen).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(shared) if shared else Path.home() / ".cache") / "salience"
 
 
 def cached(name: str, key: dict[str, Any], make: Callable[[Path], None]) -> Path:

@@ -1,7 +1,7 @@
 """EL2N: documents by the length of the error vectors that a model makes in predicting their tokens.
 
-Scored: each document by `mean_t || softmax(z_t) - onehot(y_t) ||_2` over its tokens (of a row with a prompt: over the
-answer's), in [0, sqrt 2].
+Scored: each document by `mean_t || softmax(z_t) - onehot(y_t) ||_2` over its tokens (of a row with a prompt: over
+the answer's), in [0, sqrt 2].
 Spent: the best `keep` of the corpus, or of each domain, stay: the highest ("hard", what is not learnt yet, the paper's
 choice) or the lowest.
 
@@ -60,7 +60,7 @@ class EL2N(Method):
         """One forward pass for every document; `data` may be a `Reading`."""
         return pick(dataset, self, data)
 
-    def scorer(self, model: Any) -> Scorer:
+    def scorer(self, model: Any, tokenizer: Any = None) -> Scorer:
         """The score of a batch."""
         meter = TokenMeter(model)
 

@@ -58,7 +58,7 @@ class Entropy(Method):
         """One forward pass for every document; `data` may be a `Reading`."""
         return pick(dataset, self, data)
 
-    def scorer(self, model: Any) -> Scorer:
+    def scorer(self, model: Any, tokenizer: Any = None) -> Scorer:
         """The score of a batch."""
         meter = TokenMeter(model)
 

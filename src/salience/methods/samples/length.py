@@ -1,6 +1,7 @@
 """Length: documents by how long they are, the baseline that shows what a scorer owes to length alone.
 
-Scored: each document by its characters. Spent: the longest (or shortest) `keep` of the corpus, or of each domain, stay.
+Scored: each document by its characters.
+Spent: the longest (or shortest) `keep` of the corpus, or of each domain, stay.
 
 A baseline, from no paper; there is no official code.
 """
@@ -47,7 +48,7 @@ class Length(Method):
         """Counts characters; no model is needed. `data` may be a `Reading`."""
         return pick(dataset, self, data)
 
-    def scorer(self, model: Any = None) -> Scorer:
+    def scorer(self, model: Any = None, tokenizer: Any = None) -> Scorer:
         """Characters with a sign."""
         return lambda batch: {"score": score(batch.characters, self.prefer)}
 

@@ -57,7 +57,7 @@ class Perplexity(Method):
         """One forward pass for every document; `data` may be a `Reading`."""
         return pick(dataset, self, data)
 
-    def scorer(self, model: Any) -> Scorer:
+    def scorer(self, model: Any, tokenizer: Any = None) -> Scorer:
         """The score and, beside it, the loss."""
         meter = TokenMeter(model)
 

@@ -49,7 +49,7 @@ class RandomSamples(Method):
         """Draws for every document; no model is needed."""
         return pick(dataset, self, data)
 
-    def scorer(self, model: Any = None) -> Scorer:
+    def scorer(self, model: Any = None, tokenizer: Any = None) -> Scorer:
         """Draws by the documents' numbers."""
         return lambda batch: {"score": score(batch.numbers, self.seed)}
 
