@@ -24,6 +24,7 @@ WITHOUT = {
     "fastv": "its official code is a patched model without a function of its own to call",
     "frequency-experts": "a baseline without a paper",
     "random-experts": "a baseline without a paper",
+    "image-grounding": "an expert of adapt-inf; its official code blacks the image out",
     "length": "a baseline without a paper",
     "perplexity": "a baseline: the model's loss",
     "random-samples": "a baseline without a paper",

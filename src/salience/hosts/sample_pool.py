@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class SamplePool:
         assert self.current is not None
         return _table(self.current / "decisions.parquet")
 
-    def refuse_known(self, ids: Sequence[str]) -> None:
+    def refuse_known(self, ids: Iterable[str]) -> None:
         """Refuse ids that the pool holds or has pruned.
 
         Raises:

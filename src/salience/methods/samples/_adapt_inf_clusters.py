@@ -15,7 +15,7 @@ _JUDGED = 2000  # samples that a number of clusters is judged by
 _LARGEST = 50_000  # of a group in which everything is compared with everything
 
 
-def cluster(vectors: np.ndarray, counts: int | Sequence[int], seed: int) -> tuple[np.ndarray, int]:
+def cluster(vectors: np.ndarray, counts: int | Sequence[int], seed: int) -> np.ndarray:
     """Labels of vectors; those that are 0, which no gradient describes, form the last cluster of their own.
 
     Args:
@@ -24,7 +24,7 @@ def cluster(vectors: np.ndarray, counts: int | Sequence[int], seed: int) -> tupl
         seed (int): of starting points and order.
 
     Returns:
-        tuple[np.ndarray, int]: labels [n] int64, and how many clusters there are.
+        np.ndarray: labels [n] int64, from 0 without gaps.
     """
     known = np.flatnonzero(np.array([bool(part.any()) for part in vectors], bool))
     labels = np.zeros(len(vectors), np.int64)
@@ -42,8 +42,7 @@ def cluster(vectors: np.ndarray, counts: int | Sequence[int], seed: int) -> tupl
         unknown = np.ones(len(vectors), bool)
         unknown[known] = False
         labels[unknown] = clusters
-        clusters += 1
-    return labels, clusters
+    return labels
 
 
 def groups(vectors: np.ndarray, labels: np.ndarray, seed: int, largest: int = _LARGEST) -> np.ndarray:

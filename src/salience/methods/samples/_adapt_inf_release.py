@@ -96,7 +96,10 @@ class Arrival:
         self.ids: list[str] = []
         self.scores: dict[str, Tensor] = {}
         self.vectors = np.zeros((0, 0), np.float16)
+        self._identity = named(self._arrived.column_names, self._reading)[0]
         if self.finished is None:
+            if self._identity is not None:
+                self._pool.refuse_known(map(str, self._arrived[self._identity]))
             self._measure()
 
     def __enter__(self) -> Arrival:
@@ -189,10 +192,9 @@ class Arrival:
                 shutil.rmtree(self._work / name, ignore_errors=True)
         write_json_atomic(path, plan)
         new = self._scored(self._arrived, self._work / "new", "new")
-        if named(self._arrived.column_names, self._reading)[0] is None:
+        if self._identity is None:
             # numbers begin again with each release
             new["id"] = [f"{number}:{name}" for name in new["id"]]
-        pool.refuse_known(new["id"])
         changed = bool(pool.releases) and pool.releases[-1]["measured_by"] != self._measured_by
         old: dict[str, Any] = dict(pool.columns) if pool.releases else {}
         if pool.releases:

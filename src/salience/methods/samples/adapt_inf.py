@@ -1,4 +1,4 @@
-"""Adapt-infinity: instruction sets arrive one after another; train on a fixed number of samples, evenly of each skill.
+"""Adapt-infinity: instruction sets arrive one after another; train on a fixed number, evenly of each skill.
 
 Scored: every sample of the pool and of the set that arrives, by the current model, in one pass: a vector, the
 direction of the gradient of its answer's mean loss with respect to one decoder layer, and the scores of several
@@ -134,7 +134,14 @@ class AdaptInf(Method):
         return release, release.train
 
 
-def choose(method: AdaptInf, ids: Sequence[str], scores: dict[str, Tensor], vectors: Any) -> Chosen:
+def choose(
+    method: AdaptInf,
+    ids: Sequence[str],
+    scores: dict[str, Tensor],
+    vectors: Any,
+    *,
+    skills: Tensor | None = None,
+) -> Chosen:
     """What to train on and what stays, from what was measured.
 
     Args:
@@ -143,6 +150,7 @@ def choose(method: AdaptInf, ids: Sequence[str], scores: dict[str, Tensor], vect
         scores (dict[str, Tensor]): "loss" and each expert, [n], NaN where there is none; a sample without a loss has
             nothing to learn, is not chosen and leaves the pool.
         vectors (np.ndarray): [n, d] of length 1, 0 where there is none; may be memory-mapped.
+        skills (Tensor | None): [n] int64 from 0, in the place of clusters of the vectors where skills are known.
 
     Returns:
         Chosen: decisions on all n.
@@ -151,8 +159,9 @@ def choose(method: AdaptInf, ids: Sequence[str], scores: dict[str, Tensor], vect
     valid = scores["loss"].isfinite()
     places = valid.nonzero().squeeze(1)
     own = vectors if bool(valid.all()) else vectors[places.numpy()]
-    found, clusters = cluster(own, method.clusters, method.seed)
+    found = cluster(own, method.clusters, method.seed) if skills is None else skills[places].numpy()
     labels = torch.from_numpy(found)
+    clusters = int(labels.max()) + 1 if len(labels) else 0
     budget = min(count(method.keep, len(ids)), len(places))
     shares = water_fill(torch.bincount(labels, minlength=clusters).tolist(), budget)
     priority = priorities(ids, method.seed)[places]
