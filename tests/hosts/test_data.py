@@ -312,8 +312,8 @@ def test_unreadable_parquet_is_refused(tmp_path):
 
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
     assert refusal(load_rows, tmp_path) == (
-        "data must be a .jsonl, .json, .txt, .parquet file, a folder written by save_to_disk or a datasets name, "
-        f"got the folder {tmp_path}"
+        "data must be a .jsonl, .json, .txt, .parquet file, a folder written by save_to_disk or salience select, "
+        f"or a datasets name, got the folder {tmp_path}"
     )
     (tmp_path / "state.json").write_text("{")
     assert refusal(load_rows, tmp_path).startswith(

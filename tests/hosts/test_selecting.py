@@ -118,7 +118,7 @@ def test_each_domain_keeps_its_share(reader):
 def test_a_folder_is_gone_on_with_and_another_works_is_refused(reader, tmp_path):
     data, reading = corpus(), Reading(shard_documents=5, folder=tmp_path / "run")
     first = sal.focus(data, sal.Perplexity(model=reader, keep=5), data=reading)
-    parts = sorted((tmp_path / "run" / "scores").iterdir())
+    parts = sorted((tmp_path / "run" / "parts").iterdir())
     assert [path.name for path in parts] == [f"part-{number:06d}.parquet" for number in range(5)]
     parts[2].unlink()
     times = {path: path.stat().st_mtime_ns for path in parts if path.exists()}
@@ -128,12 +128,12 @@ def test_a_folder_is_gone_on_with_and_another_works_is_refused(reader, tmp_path)
     other, _ = tiny_reader(seed=9)
     for target, method, differs in (
         (data, sal.Perplexity(model=(other, reader[1]), keep=5), "model"),
-        (data, sal.RandomSamples(), "max_length and method and model"),
+        (data, sal.RandomSamples(), "max_length and method and model and tokenizer"),
         (data.select(range(20)), sal.Perplexity(model=reader, keep=5), "documents"),
     ):
         with pytest.raises(ConflictError, match=f"whose {differs} differ: take another folder"):
             sal.focus(target, method, data=reading)
-    assert sorted((tmp_path / "run" / "scores").iterdir()) == parts
+    assert sorted((tmp_path / "run" / "parts").iterdir()) == parts
 
 
 def test_long_documents_are_scored_by_their_beginning_and_counted(reader):

@@ -43,8 +43,8 @@ class Documents:
         return len(self.numbers)
 
 
-# batch -> "score" [B], float, NaN for what cannot be scored, higher is kept; and further columns to keep beside it, of
-# which those of bool are counted
+# batch -> "score" [B], float, NaN for what cannot be scored, higher is kept; and further columns to keep beside it,
+# of which those of bool are counted
 Scorer = Callable[[Documents], Mapping[str, Tensor]]
 
 

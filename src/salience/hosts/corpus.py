@@ -81,6 +81,10 @@ class Corpus(Protocol):
         """The same for the same documents."""
         ...
 
+    def keep_plan(self, path: Path) -> None:
+        """Take the shards from an earlier look at the documents, or look now and write down what was found."""
+        ...
+
     def take(self, kept: np.ndarray) -> Any:
         """The documents that are kept [N], as what `focus` was given; None for files."""
         ...
@@ -172,6 +176,9 @@ class _Rows:
         for place, values in enumerate(rows, start=shard.place + 1):
             yield Row(values, f"row {place}")
 
+    def keep_plan(self, path: Path) -> None:
+        """A dataset's rows are counted already."""
+
     def fingerprint(self) -> str:
         # datasets' own: of the content's history, the same in every process that builds it alike
         return f"{self._dataset._fingerprint} {len(self._dataset)}"
@@ -216,6 +223,9 @@ class _Stream:
             self._dataset.skip(shard.place).take(shard.rows), start=shard.place + 1
         ):
             yield Row(values, f"row {place}")
+
+    def keep_plan(self, path: Path) -> None:
+        """A stream's end is found when it is reached."""
 
     def fingerprint(self) -> str:
         return self._first

@@ -322,12 +322,35 @@ def _read_parquet(path: Path, limit: int | None, name: str) -> _Table:
 
 
 def _read_folder(path: Path, split: str, limit: int | None, name: str) -> _Table:
+    from salience.hosts.corpus_files import selection_files
+
+    picked = selection_files(path)
+    if picked is not None:
+        return _joined_tables([_read(file, split, limit, name) for file in picked], limit)
+    return _from_dataset(_folder(path, split, name), limit)
+
+
+def _joined_tables(tables: Sequence[_Table], limit: int | None) -> _Table:
+    """Files of a selection one after another."""
+    names = dict.fromkeys(key for table in tables for key in table.columns)
+    columns = {
+        key: [
+            value
+            for table in tables
+            for value in (table.columns[key] if key in table.columns else [None] * len(table))
+        ][:limit]
+        for key in names
+    }
+    return _Table(columns, classes={key: found for table in tables for key, found in table.classes.items()})
+
+
+def _folder(path: Path, split: str, name: str) -> Any:
     from datasets import DatasetDict, load_from_disk
 
     if not any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
         raise ParameterError(
-            f"{name} must be a {', '.join(_READ)} file, a folder written by save_to_disk or a datasets name, "
-            f"got the folder {path}"
+            f"{name} must be a {', '.join(_READ)} file, a folder written by save_to_disk or salience select, or a "
+            f"datasets name, got the folder {path}"
         )
     try:
         loaded = load_from_disk(str(path))
@@ -339,10 +362,23 @@ def _read_folder(path: Path, split: str, limit: int | None, name: str) -> _Table
         if split not in loaded:
             raise ParameterError(f"split must be one of {', '.join(loaded)}, got {split!r}")
         loaded = loaded[split]
-    return _from_dataset(loaded, limit)
+    return loaded
+
+
+def load_table(source: str, split: str = "train", name: str = "data") -> Any:
+    """A datasets name or a folder of `save_to_disk` as a Dataset, with all its columns.
+
+    Raises:
+        ParameterError: if it cannot be read.
+    """
+    return _folder(Path(source), split, name) if Path(source).is_dir() else _hub(source, split, name)
 
 
 def _read_hub(source: str, split: str, limit: int | None, name: str) -> _Table:
+    return _from_dataset(_hub(source, split, name), limit)
+
+
+def _hub(source: str, split: str, name: str) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -355,7 +391,7 @@ def _read_hub(source: str, split: str, limit: int | None, name: str) -> _Table:
             f"{name} must be an existing file or a datasets name that can be reached, got {source} "
             f"({first_line(error)})"
         ) from error
-    return _from_dataset(loaded, limit)
+    return loaded
 
 
 def _from_dataset(rows: Any, limit: int | None) -> _Table:

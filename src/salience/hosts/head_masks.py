@@ -1,9 +1,9 @@
 """Runs a batch through a model and, from the first masked layer on, a second time with some heads switched off.
 
-What the layers below compute is the same for both, so it is computed once: in front of the first masked layer the rows
-are doubled, and the second half goes on without the heads. Nothing of the model is edited; hooks do it, for as long as
-`forked` lasts. A head that is switched off attends to every visible key alike ("uniform": its query becomes 0 after
-rotary and norms, so all its logits are 0) or puts out nothing ("zero").
+What the layers below compute is the same for both, so it is computed once: in front of the first masked layer the
+rows are doubled, and the second half goes on without the heads. Nothing of the model is edited; hooks do it, for as
+long as `forked` lasts. A head that is switched off attends to every visible key alike ("uniform": its query becomes 0
+after rotary and norms, so all its logits are 0) or puts out nothing ("zero").
 """
 
 from __future__ import annotations

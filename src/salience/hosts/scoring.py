@@ -17,8 +17,9 @@ from salience.core.documents import Documents, Reading, Scorer
 from salience.core.errors import ParameterError, StructureError
 from salience.core.files import file_atomic
 from salience.core.losses import IGNORE
+from salience.hosts._forms import chosen, wrong
 from salience.hosts.corpus import Corpus, Row, Shard, named
-from salience.hosts.data import QUESTION_TEMPLATE, _choose, _Encoder, _fill, _is_messages, _is_text
+from salience.hosts.data import QUESTION_TEMPLATE, _Encoder, _fill
 
 OWN = (
     "number",
@@ -52,9 +53,7 @@ class ShardScorer:
     max_length: int = 0
 
     def __post_init__(self) -> None:
-        wanted = {"text": "text"} if not self.reading.columns else {}
-        columns = {**self.reading.columns} or (wanted if "text" in self.corpus.columns else {})
-        self._columns = _choose(list(self.corpus.columns), columns, "data")
+        self._columns = chosen(self.corpus.columns, self.reading)
         self._id, self._source = named(self.corpus.columns, self.reading)
         encoder = self.tokenizer is not None and "text" not in self._columns
         self._encoder = (
@@ -101,16 +100,6 @@ class ShardScorer:
         values = [row.values[theirs] for theirs in self._columns.values() if theirs in row.values]
         return "\n".join(value if isinstance(value, str) else str(value) for value in values)
 
-    def check(self, row: Row) -> str | None:
-        """What is wrong with a row's form, None if nothing is."""
-        for ours, theirs in self._columns.items():
-            value = row.values.get(theirs)
-            fits = _is_messages(value) if ours == "messages" else _is_text(value) or ours == "label"
-            if not fits:
-                shown = "nothing" if value is None else repr(value)[:60]
-                return f"text in column {theirs}, got {shown} at {row.where}"
-        return None
-
     def _identity(self, row: Row, number: int) -> str:
         if self._id is not None:
             return str(row.values.get(self._id))
@@ -125,14 +114,10 @@ class ShardScorer:
     def _encoded(self, rows: Sequence[Row]) -> tuple[list[Any], list[Any], list[int]]:
         """Tokens, labels and characters of each row."""
         for row in rows:
-            wrong = self.check(row)
-            if wrong:
-                raise ParameterError(f"data must be documents with {wrong}")
-        columns = {
-            ours: [row.values[theirs] for row in rows]
-            for ours, theirs in self._columns.items()
-            if ours != "label"
-        }
+            why = wrong(row.values, self._columns)
+            if why is not None:
+                raise ParameterError(f"data must be documents with {why} at {row.where}")
+        columns = {ours: [row.values[theirs] for row in rows] for ours, theirs in self._columns.items()}
         characters = [
             sum(len(one) if isinstance(one, str) else len(str(one)) for one in values)
             for values in zip(*columns.values())
@@ -203,7 +188,7 @@ def write_part(path: Path, columns: Mapping[str, Any]) -> None:
 
 def part_path(folder: Path, number: int) -> Path:
     """Where the scores of a shard lie."""
-    return folder / "scores" / f"part-{number:06d}.parquet"
+    return folder / "parts" / f"part-{number:06d}.parquet"
 
 
 def score_shards(

@@ -32,11 +32,14 @@ from salience.hosts.scoring import ShardScorer, part_path, score_shards
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PLAN, _SCORES, _KEPT, _DOMAINS = "plan.json", "scores.f32", "kept.u8", "domains.u16"
+_PLAN, _SHARDS = "plan.json", "shards.json"
+_SCORES, _KEPT, _DOMAINS = "scores.f32", "kept.u8", "domains.u16"
 _MOST_DOMAINS = 4096
 _ENDS = 5  # examples of each end
 # told how many documents of how many are scored; 0 in all where that is not known
 Progress = Callable[[int, int], None]
+# scores shards into a folder and tells of each when its file is there
+Engine = Callable[[ShardScorer, Sequence[Shard], Path, Callable[[Shard], None]], None]
 
 
 class Picked(Part):
@@ -190,15 +193,32 @@ def make_scorer(
 
 
 def select(
-    corpus: Corpus, method: ScoringMethod, reading: Reading, *, progress: Progress = lambda *_: None
+    corpus: Corpus,
+    method: ScoringMethod,
+    reading: Reading,
+    *,
+    engine: Engine | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Picked:
-    """Score a corpus and decide."""
+    """Score a corpus and decide.
+
+    Args:
+        corpus (Corpus): whose documents.
+        method (ScoringMethod): scores them.
+        reading (Reading): how they are read, and where scores are kept.
+        engine (Engine | None): who scores the shards that have no file yet; None is this process.
+        progress (Callable): told after every shard.
+
+    Raises:
+        SalienceError: as for `pick`.
+    """
     if reading.folder is not None:
         check_writable(reading.folder, name="folder")
     scorer, about = make_scorer(corpus, method, reading)
     temporary = tempfile.TemporaryDirectory(prefix="salience-") if reading.folder is None else None
     folder = Path(temporary.name if temporary is not None else str(reading.folder))
     same_work(folder, about)
+    corpus.keep_plan(folder / _SHARDS)
     shards: list[Shard] = []
     counted = 0
 
@@ -210,9 +230,14 @@ def select(
     def done(shard: Shard) -> None:
         nonlocal counted
         counted += shard.count
-        progress(counted, 0)
+        progress(counted, total)
 
-    score_shards(scorer, counting(), folder, done=done)
+    total = 0
+    if engine is None:
+        score_shards(scorer, counting(), folder, done=done)
+    else:
+        total = sum(shard.count for shard in counting())
+        engine(scorer, shards, folder, done)
     return decide(scorer, method, shards, folder, keep_alive=temporary)
 
 
@@ -237,9 +262,9 @@ def same_work(folder: Path, about: dict[str, Any]) -> None:
                 "differ: take another folder"
             )
         return
-    if (folder / "scores").exists():
+    if (folder / "parts").exists():
         raise ConflictError(
-            f"folder must be new or hold scores of the same work, got {folder} without {_PLAN}"
+            f"folder must be new or hold scores of the same work, got {folder} with parts and without {_PLAN}"
         )
     write_json_atomic(path, about)
 
@@ -257,8 +282,9 @@ def decide(
     kept = np.memmap(folder / _KEPT, np.uint8, "w+", shape=(len(values),))
     keep_top(values, method.keep, domains=domains, out=kept)
     kept.flush()
-    if scorer.corpus.bad:
-        about["skipped"] = len(scorer.corpus.bad)
+    skipped = getattr(scorer.corpus, "bad_count", 0)
+    if skipped:
+        about["skipped"] = skipped
     return Picked(method.slug(), scorer, shards, folder, values, kept, about, keep_alive)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,19 +115,32 @@ def new_model(recipe: Recipe, seed: int) -> LlamaForCausalLM:
         torch.default_generator.manual_seed(seed)
         model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(max_new_tokens=2 * CHAIN + 2, do_sample=False, **special)
-    _start(model, torch.Generator().manual_seed(seed))
+    start(model, torch.Generator().manual_seed(seed))
     return model
 
 
 @torch.no_grad()
-def _start(model: Any, generator: torch.Generator) -> None:
+def start(
+    model: Any,
+    generator: torch.Generator,
+    *,
+    looks: Sequence[tuple[int, int, float]] = ((1, 0, 2.0), (2, 1, 2.0), (5, 0, 1.0)),
+    lookers: int = 2,
+) -> None:
     """Start near a circuit that looks things up, which from weights by chance did not form within these steps.
 
-    Heads of the first layer look 1, 2 and 5 tokens back, whatever the tokens are: all embeddings share a constant,
-    which queries and keys turn into vectors whose product is largest at that distance. They write what they see into
-    two spaces of the hidden states, one for 1 and 5 (of a question), one for 2 (of a note's value). Two heads of the
-    second layer compare the first space of queries with the second of keys, in the dimensions that rotary embeddings
-    turn slowly, and copy the token that they find. Training is free to change all of it.
+    Heads of the first layer look some tokens back, whatever the tokens are: all embeddings share a constant, which
+    queries and keys turn into vectors whose product is largest at that distance. They write what they see into two
+    spaces of the hidden states: for notes the first is for 1 and 5 back (of a question), the second for 2 back (of a
+    note's value). Heads of the second layer compare the first space of queries with the second of keys, in the
+    dimensions that rotary embeddings turn slowly, and copy the token that they find. Training is free to change all
+    of it.
+
+    Args:
+        model (LlamaForCausalLM): of 4 heads in 2 groups; is changed.
+        generator (torch.Generator): of what is by chance.
+        looks (Sequence): of a head of the first layer: how far back, which space, how strongly it writes.
+        lookers (int): heads of the second layer that look things up, 1 or 2.
     """
     config = model.config
     size, width = config.head_dim, config.hidden_size
@@ -150,7 +163,7 @@ def _start(model: Any, generator: torch.Generator) -> None:
         weight[:, :fast] = weight[:, half : half + fast] = 0
     strength = 4.7
     keys[:, :fast, _CONSTANT] = strength
-    for head, back in enumerate((1, 2, 5)):
+    for head, (back, _, _) in enumerate(looks):
         queries[head, :fast, _CONSTANT] = strength * torch.cos(back * turns)
         queries[head, half : half + fast, _CONSTANT] = -strength * torch.sin(back * turns)
     values[1] = values[0]
@@ -159,7 +172,7 @@ def _start(model: Any, generator: torch.Generator) -> None:
     spaces = basis(width)[:, : 2 * half].split(half, dim=1)
     outputs *= 0.1
     # above all else in the hidden states, or what the second layer looks for drowns in it
-    for head, (space, strength) in enumerate(((0, 2), (1, 2), (0, 1))):
+    for head, (_, space, strength) in enumerate(looks):
         outputs[:, head, :half] = spaces[space] * strength * width**-0.5
     model.model.layers[0].mlp.down_proj.weight.mul_(0.02)
 
@@ -167,12 +180,12 @@ def _start(model: Any, generator: torch.Generator) -> None:
     mixed = 1.5 * basis(half)
     keys[0] *= 0.1
     keys[0, slow] = mixed @ spaces[1].T
-    queries[:2] *= 0.1
-    queries[:2, slow] = mixed @ spaces[0].T
+    queries[:lookers] *= 0.1
+    queries[:lookers, slow] = mixed @ spaces[0].T
     copied = basis(width)[:, :size]
     values[0, : copied.shape[1]] = copied.T
     values[0, :, _CONSTANT] = 0
-    outputs[:, :2, : copied.shape[1]] = copied[:, None] * width**-0.5
+    outputs[:, :lookers, : copied.shape[1]] = copied[:, None] * width**-0.5
 
 
 def _by_head(attention: Any, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -289,7 +302,7 @@ def train(model: Any, recipe: Recipe, seed: int, advance: Callable[[], None]) ->
         logits = model.lm_head(hidden_states[:, given.answered - 1])
         F.cross_entropy(logits.flatten(0, 1), given.ids[:, given.answered].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        _turn(matrices, moments, recipe.matrix_rate * factor)
+        turn(matrices, moments, recipe.matrix_rate * factor)
         vectors.step()
         model.zero_grad()
         advance()
@@ -297,7 +310,7 @@ def train(model: Any, recipe: Recipe, seed: int, advance: Callable[[], None]) ->
 
 
 @torch.no_grad()
-def _turn(matrices: list[Tensor], moments: list[Tensor], rate: float) -> None:
+def turn(matrices: list[Tensor], moments: list[Tensor], rate: float) -> None:
     """A step of Muon in float32; torch.optim.Muon computes in bfloat16, which CPUs may do many times slower."""
     for matrix, moment in zip(matrices, moments):
         gradient = matrix.grad

@@ -3,11 +3,12 @@
 Scored: each document x by the relative rise of its loss when the model's retrieval heads are switched off,
 `s(x) = (L_ref(x) - L_base(x)) / L_base(x)`, L the mean loss per token of its first `max_length` tokens. The retrieval
 heads are found once for each model: on questions whose answer is a sentence of the context, head h collects
-`1 / len(passage)` at every step of the answer where its strongest attention is on a token of that passage which is the
-token being produced; the mean over questions is R_h in [0, 1], and the best `head_fraction` of all heads are taken.
+`1 / len(passage)` at every step of the answer where its strongest attention is on a token of that passage which is
+the token being produced; the mean over questions is R_h in [0, 1], and the best `head_fraction` of all heads are
+taken.
 Spent: the best `keep` of the corpus, or of each domain (`Reading.domain_column`), stay.
 
-Paper: arXiv 2505.07293. No official code was published; the detector is that of nightdessert/Retrieval_Head (3ac171a).
+Paper: arXiv 2505.07293. No official code was published; the detector is nightdessert/Retrieval_Head's (3ac171a).
 `uniform` follows AIR (arXiv 2512.13279, a_ij = 1/N); `zero` takes the head's output away.
 
 Differs from Retrieval_Head in:

@@ -2,8 +2,8 @@
 
 Scored: each document by `mean_t || softmax(z_t) - onehot(y_t) ||_2` over its tokens (of a row with a prompt: over
 the answer's), in [0, sqrt 2].
-Spent: the best `keep` of the corpus, or of each domain, stay: the highest ("hard", what is not learnt yet, the paper's
-choice) or the lowest.
+Spent: the best `keep` of the corpus, or of each domain, stay: the highest ("hard", what is not learnt yet, the
+paper's choice) or the lowest.
 
 Paper: arXiv 2107.07075, which scores images by a classifier early in its training; for tokens the mean over the
 answer follows AdaptInf (arXiv 2410.10636). Official code: mansheej/data_diet, in JAX, for classes; there is nothing
