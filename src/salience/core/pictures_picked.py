@@ -12,7 +12,7 @@ from salience.core import pictures
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_BINS, _MOST_SOURCES, _MOST_CHARACTERS = 60, 12, 90
+_BINS, _MOST_SOURCES = 60, 12
 KEPT, DROPPED = "#0072b2", "#b9c2cc"
 
 
@@ -21,6 +21,8 @@ def draw_picked(
     kept: np.ndarray,
     sources: Mapping[str, Sequence[int]],
     examples: Sequence[Mapping[str, Any]] = (),
+    *,
+    width: int = pictures.WIDE,
 ) -> Figure:
     """Draw the scores of kept and dropped documents, the sources, and the first words of documents at both ends.
 
@@ -29,18 +31,17 @@ def draw_picked(
         kept (np.ndarray): [N] nonzero where kept.
         sources (Mapping): name -> documents and documents kept.
         examples (Sequence[Mapping]): id, score and text, the highest first; empty draws none.
+        width (int): pixels at 96 an inch.
     """
+    shown = list(sources.items())[:_MOST_SOURCES]
+    heights = [200, 46 + 22 * len(shown)] + ([40 + 17 * len(examples)] if examples else [])
     with pictures._style():
-        from matplotlib.figure import Figure
-
-        shown = list(sources.items())[:_MOST_SOURCES]
-        heights = [2.2, 0.5 + 0.3 * len(shown)] + ([0.4 + 0.22 * len(examples)] if examples else [])
-        figure = Figure(figsize=(8.2, sum(heights) + 1.2), layout="constrained")
+        figure = pictures._figure(width, sum(heights) + 30)
         axes = figure.subplots(len(heights), 1, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
         _histogram(axes[0], values, kept)
-        _sources(axes[1], shown)
+        _sources(axes[1], shown, width)
         if examples:
-            _examples(axes[2], examples)
+            _examples(axes[2], examples, width)
         return figure
 
 
@@ -78,26 +79,26 @@ def _histogram(axes: Any, values: np.ndarray, kept: np.ndarray) -> None:
     axes.legend()
 
 
-def _sources(axes: Any, shown: Sequence[tuple[str, Sequence[int]]]) -> None:
+def _sources(axes: Any, shown: Sequence[tuple[str, Sequence[int]]], width: int) -> None:
     places = np.arange(len(shown))
     shares = [kept / total if total else 0.0 for _, (total, kept) in shown]
     axes.barh(places, [1.0] * len(shown), color=DROPPED)
     axes.barh(places, shares, color=KEPT)
     for place, (_, (total, kept)) in enumerate(shown):
         axes.text(1.01, place, f"{kept:,} of {total:,}", va="center", fontsize=8.5)
-    axes.set_yticks(places, [_short(name or "(none)", 40) for name, _ in shown])
+    axes.set_yticks(places, [_short(name or "(none)", width // 26) for name, _ in shown])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.18)
+    axes.set_xlim(0, 1.22 if width > pictures.NARROW else 1.6)
     axes.set_xticks([0, 0.5, 1], ["0", "half", "all"])
     axes.set_title("share kept of each source")
 
 
-def _examples(axes: Any, examples: Sequence[Mapping[str, Any]]) -> None:
+def _examples(axes: Any, examples: Sequence[Mapping[str, Any]], width: int) -> None:
     axes.axis("off")
     axes.set_title("the highest scores, and the lowest")
     step = 1 / max(1, len(examples))
     for place, one in enumerate(examples):
-        line = f"{one['score']:>9.3f}  {_short(one['text'], _MOST_CHARACTERS)}"
+        line = f"{one['score']:>9.3f}  {_short(one['text'], width // 7 - 16)}"
         colour = KEPT if one["kept"] else pictures.MUTED
         axes.text(
             0, 1 - (place + 0.5) * step, line, va="center", fontsize=8, family="monospace", color=colour,

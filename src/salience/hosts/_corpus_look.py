@@ -76,9 +76,13 @@ class Files:
         return found.hexdigest()[:32]
 
     def shards(self) -> Iterator[Shard]:
+        self.check()
+        yield from self._shards or ()
+
+    def check(self) -> None:
+        """Read every row once, unless that was done."""
         if self._shards is None:
             self._look()
-        yield from self._shards or ()
 
     def keep_plan(self, path: Path) -> None:
         """Take the shards from an earlier look, or look now and write them down."""

@@ -81,6 +81,10 @@ class Corpus(Protocol):
         """The same for the same documents."""
         ...
 
+    def check(self) -> None:
+        """Look at everything once, if that costs less than to find out later."""
+        ...
+
     def keep_plan(self, path: Path) -> None:
         """Take the shards from an earlier look at the documents, or look now and write down what was found."""
         ...
@@ -176,6 +180,9 @@ class _Rows:
         for place, values in enumerate(rows, start=shard.place + 1):
             yield Row(values, f"row {place}")
 
+    def check(self) -> None:
+        """Every row is looked at when it is scored."""
+
     def keep_plan(self, path: Path) -> None:
         """A dataset's rows are counted already."""
 
@@ -223,6 +230,9 @@ class _Stream:
             self._dataset.skip(shard.place).take(shard.rows), start=shard.place + 1
         ):
             yield Row(values, f"row {place}")
+
+    def check(self) -> None:
+        """A stream is read as it goes."""
 
     def keep_plan(self, path: Path) -> None:
         """A stream's end is found when it is reached."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +166,7 @@ def make_scorer(
 ) -> tuple[ShardScorer, dict[str, Any]]:
     """What scores a corpus's shards, and everything that decides their scores, as JSON."""
     about: dict[str, Any] = {
-        "method": repr(method),
+        "method": repr(replace(method, keep=1)),  # type: ignore[type-var]
         "documents": corpus.fingerprint(),
         "reading": {
             name: value
@@ -214,6 +214,8 @@ def select(
     """
     if reading.folder is not None:
         check_writable(reading.folder, name="folder")
+    if reading.folder is None or not (Path(reading.folder) / _PLAN).exists():
+        corpus.check()
     scorer, about = make_scorer(corpus, method, reading)
     temporary = tempfile.TemporaryDirectory(prefix="salience-") if reading.folder is None else None
     folder = Path(temporary.name if temporary is not None else str(reading.folder))
@@ -239,6 +241,19 @@ def select(
         total = sum(shard.count for shard in counting())
         engine(scorer, shards, folder, done)
     return decide(scorer, method, shards, folder, keep_alive=temporary)
+
+
+def help_scoring(corpus: Corpus, method: ScoringMethod, reading: Reading, engine: Engine) -> None:
+    """Score a part of the shards that another process has planned and will decide on.
+
+    Raises:
+        ConflictError: if that process does other work.
+    """
+    folder = Path(str(reading.folder))
+    scorer, about = make_scorer(corpus, method, reading)
+    same_work(folder, about)
+    corpus.keep_plan(folder / _SHARDS)
+    engine(scorer, list(corpus.shards()), folder, lambda _: None)
 
 
 def same_work(folder: Path, about: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 - "reasoning": facts about made-up names, and further down conclusions that repeat them; names are new in every
   document, so that nothing but the document itself tells what belongs to whom;
-- "narration": sentences on drifting topics; who acts is repeated, which a good memory of the topic predicts as well;
+- "narration": sentences on topics that drift; words of a topic come again, but nothing has to be remembered;
 - "code": stretches of the standard library of the Python that runs;
 - "boiler-plate": notices and menus, nearly the same everywhere;
 - "noise": words in random order, some cut to pieces.
@@ -71,7 +71,7 @@ class Recipe:
     vector_rate: float = 0.004
 
 
-_RECIPES = {"full": Recipe(steps=200), "quick": Recipe(steps=60)}
+_RECIPES = {"full": Recipe(steps=200), "quick": Recipe(steps=100)}
 
 
 def documents(count: int, seed: int = 0) -> list[Text]:
@@ -99,6 +99,7 @@ def documents(count: int, seed: int = 0) -> list[Text]:
 def write_documents(folder: Path, count: int, seed: int = 0, *, files: int = 4) -> None:
     """Documents as a folder of .jsonl files with the columns id, text and source, which is the kind."""
     made = documents(count, seed)
+    folder.mkdir(exist_ok=True)
     for number in range(files):
         lines = [
             json.dumps({"id": f"{seed}-{place}", "text": one.text, "source": one.kind})
@@ -111,7 +112,8 @@ def write_documents(folder: Path, count: int, seed: int = 0, *, files: int = 4) 
 def corpus_folder(count: int, seed: int = 0) -> Path:
     """A folder of documents in the cache, to be read only; see `write_documents`."""
     key = {"version": _VERSION, "count": count, "seed": seed}
-    return cached(f"corpus-{count}", key, lambda folder: write_documents(folder, count, seed))
+    place = cached(f"corpus-{count}", key, lambda empty: write_documents(empty / "documents", count, seed))
+    return place / "documents"
 
 
 def folder(seed: int = 0, quick: bool = False, *, progress: bool | None = None) -> Path:
@@ -163,14 +165,15 @@ def _reasoning(draw: random.Random, sources: Sequence[str]) -> str:
 
 
 def _narration(draw: random.Random, sources: Sequence[str]) -> str:
-    people, places = draw.choice(_TOPICS)
-    hero = draw.choice(people)
-    sentences = []
-    for _ in range(draw.randint(10, 18)):
-        who = hero if draw.random() < 0.5 else draw.choice(people)
-        sentences.append(
-            f"the {draw.choice(_HOW)} {who} {draw.choice(_DOES)} {draw.choice(_WHEN)} near the {draw.choice(places)}."
-        )
+    """Sentences on topics that change after a few of them; nobody has to be remembered."""
+    sentences: list[str] = []
+    while len(sentences) < 10:
+        people, places = draw.choice(_TOPICS)
+        sentences += [
+            f"the {draw.choice(_HOW)} {draw.choice(people)} {draw.choice(_DOES)} {draw.choice(_WHEN)} near the "
+            f"{draw.choice(places)}."
+            for _ in range(draw.randint(2, 5))
+        ]
     return " ".join(sentences)
 
 
