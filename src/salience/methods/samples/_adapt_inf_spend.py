@@ -43,9 +43,11 @@ def spread(values: Tensor, *, edges: int = 50) -> float:
         float: bits; -inf where the values do not differ.
     """
     values = values.double()
+    if not len(values):
+        return -torch.inf
     deviation = values.std(correction=0)
     # what a constant leaves is rounding, which would be blown up to a histogram of its own
-    if not len(values) or deviation <= 1e-12 * values.abs().max():
+    if deviation <= 1e-12 * values.abs().max():
         return -torch.inf
     return histogram_entropy((values - values.mean()) / deviation, _SPAN, edges)
 
