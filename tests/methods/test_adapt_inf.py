@@ -21,6 +21,7 @@ from salience.methods.samples._adapt_inf_spend import (
     spread,
     water_fill,
 )
+from salience.methods.samples.adapt_inf import choose
 
 
 def rows(count, seed, **columns):
@@ -170,6 +171,39 @@ def test_clusters_are_seeded_numbered_and_leave_what_has_no_direction_apart():
     assert len(set(cluster(directions[:3], 10, 0))) <= 3
     assert len(set(cluster(directions[[0, 1, 2, 10, 11, 12, 20, 21, 22]], (2, 3), 0))) == 3
     assert cluster(np.zeros((4, 2), np.float16), 3, 0).tolist() == [0] * 4
+    taking_part = np.arange(30) % 2 == 0
+    some = cluster(directions, 3, 0, valid=taking_part)
+    assert ((some == -1) == ~taking_part).all() and set(some[taking_part]) == {0, 1, 2, 3}
+
+
+def test_samples_without_a_loss_are_neither_chosen_nor_kept():
+    method = sal.AdaptInf(keep=4, clusters=2, pool_limit=5, experts=("el2n",))
+    loss = torch.tensor([1.0, torch.nan, 2.0, 1.0, torch.nan, 1.0, 3.0, 2.0])
+    vectors = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float16)
+    made = choose(method, [str(n) for n in range(8)], {"loss": loss, "el2n": draws(8).float()}, vectors)
+    assert int(made.train.sum()) == 4 and int(made.pool.sum()) == 5
+    for place in (1, 4):
+        assert not made.train[place] and not made.pool[place] and made.labels[place] == -1
+    # skills that are known stand in for clusters
+    known = choose(
+        replace(method, keep=1.0), [str(n) for n in range(8)], {"loss": loss, "el2n": loss}, vectors,
+        skills=torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]),
+    )  # fmt: skip
+    assert known.shares == [3, 3] and int(known.train.sum()) == 6
+
+
+def test_vectors_are_mapped_from_a_file_and_small(tmp_path):
+    from salience.hosts.sample_pool import SamplePool
+
+    state = tmp_path / "pool"
+    sal.focus(named(12, 0), replace(_picks(), state=str(state)))
+    shared = {"vectors": "gradient", "layer": -1, "dim": 32, "seed": 0, "experts": list(_picks().experts)}
+    pool = SamplePool(state, shared)
+    mapped = pool.vectors
+    while mapped is not None and not isinstance(mapped, np.memmap):
+        mapped = mapped.base
+    assert mapped is not None and pool.vectors.dtype == np.float16 and pool.vectors.shape == (12, 32)
+    assert (state / "release-0001" / "vectors.f16").stat().st_size == 12 * 32 * 2
 
 
 def test_large_clusters_are_cut_into_groups_of_their_own():
@@ -343,3 +377,28 @@ def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
     with pytest.raises(SalienceError, match=r"pip install 'salience\[cluster\]'"):
         cluster(np.eye(4, dtype=np.float16), 2, 0)
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_a_pool_that_goes_on_to_the_same_choice(tmp_path):
+    """kill -9 in the third of five shards of the second release; then the same call again."""
+    import signal
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    worker = Path(__file__).parent.parent / "workers" / "adapt_inf.py"
+    outs = {}
+    for name, dies in (("whole", 0), ("killed", 3)):
+        state = tmp_path / name
+        runs = [[0, 0], [1, dies]] + ([[1, 0]] if dies else [])
+        for release, shards in runs:
+            done = subprocess.run(
+                [sys.executable, str(worker), str(state), str(release), str(shards)],
+                capture_output=True, text=True, check=False, timeout=120,
+            )  # fmt: skip
+            assert done.returncode == (-signal.SIGKILL if shards else 0), done.stderr[-2000:]
+        outs[name] = json.loads(done.stdout.splitlines()[-1])
+    assert outs["killed"]["picked"] == outs["whole"]["picked"] and len(outs["whole"]["picked"]) == 7
+    assert outs["whole"]["passed"] == 20 and outs["killed"]["passed"] == 12
+    assert not (tmp_path / "killed" / "work").exists()

@@ -15,19 +15,24 @@ _JUDGED = 2000  # samples that a number of clusters is judged by
 _LARGEST = 50_000  # of a group in which everything is compared with everything
 
 
-def cluster(vectors: np.ndarray, counts: int | Sequence[int], seed: int) -> np.ndarray:
+def cluster(
+    vectors: np.ndarray, counts: int | Sequence[int], seed: int, *, valid: np.ndarray | None = None
+) -> np.ndarray:
     """Labels of vectors; those that are 0, which no gradient describes, form the last cluster of their own.
 
     Args:
         vectors (np.ndarray): [n, d] of length 1 or 0, any float dtype; may be memory-mapped.
         counts (int | Sequence[int]): k, or several to take the one with the best silhouette from; at most n.
         seed (int): of starting points and order.
+        valid (np.ndarray | None): [n] bool, those that take part; None: all.
 
     Returns:
-        np.ndarray: labels [n] int64, from 0 without gaps.
+        np.ndarray: labels [n] int64, from 0 without gaps; -1 for those that take no part.
     """
-    known = np.flatnonzero(np.array([bool(part.any()) for part in vectors], bool))
-    labels = np.zeros(len(vectors), np.int64)
+    valid = np.ones(len(vectors), bool) if valid is None else valid
+    directed = np.array([bool(part.any()) for part in vectors], bool)
+    known, unknown = np.flatnonzero(directed & valid), ~directed & valid
+    labels = np.full(len(vectors), -1, np.int64)
     tried = [min(k, len(known)) for k in ([counts] if isinstance(counts, int) else counts)]
     clusters = 0
     if len(known):
@@ -38,10 +43,7 @@ def cluster(vectors: np.ndarray, counts: int | Sequence[int], seed: int) -> np.n
         # numbered without gaps: k-means may leave a cluster empty
         labels[known] = np.unique(labels[known], return_inverse=True)[1]
         clusters = int(labels[known].max()) + 1
-    if len(known) < len(vectors):
-        unknown = np.ones(len(vectors), bool)
-        unknown[known] = False
-        labels[unknown] = clusters
+    labels[unknown] = clusters
     return labels
 
 
@@ -50,8 +52,8 @@ def groups(vectors: np.ndarray, labels: np.ndarray, seed: int, largest: int = _L
 
     Vectors that are alike fall into one group, so that little is missed, and the work stays below n x largest.
     """
-    found, number = np.zeros(len(labels), np.int64), 0
-    for label in np.unique(labels):
+    found, number = np.full(len(labels), -1, np.int64), 0
+    for label in np.unique(labels[labels >= 0]):
         members = np.flatnonzero(labels == label)
         parts = -(-len(members) // largest)
         own = np.zeros(len(members), np.int64) if parts == 1 else _labels(vectors, members, parts, seed)

@@ -153,20 +153,20 @@ def prune(
 
     Args:
         vectors (Tensor): [n, d] in order of arrival; float16 will do, also mapped from a file.
-        labels (Tensor): [n] int64, the cluster of each, from 0.
+        labels (Tensor): [n] int64, the cluster of each, from 0; -1 leaves.
         total (int): the pool's limit; its share of each cluster is that of `water_fill`.
         groups (Tensor | None): [n] int64, parts of clusters in which samples are compared; None: whole clusters.
 
     Returns:
         tuple[Tensor, Tensor]: positions that stay, cluster by cluster, each from the least redundant on; and the
-        redundancy of all, [n] fp32.
+        redundancy of all, [n] fp32, NaN for -1.
     """
-    most = torch.zeros(len(labels))
-    for group in (labels if groups is None else groups).unique().tolist():
-        members = ((labels if groups is None else groups) == group).nonzero().squeeze(1)
+    most = torch.full((len(labels),), torch.nan)
+    compared = labels if groups is None else groups
+    for group in compared[labels >= 0].unique().tolist():
+        members = (compared == group).nonzero().squeeze(1)
         most[members] = redundancy(vectors[members])
-    clusters = int(labels.max()) + 1 if len(labels) else 0
-    shares = water_fill(torch.bincount(labels, minlength=clusters).tolist(), total)
+    shares = water_fill(torch.bincount(labels[labels >= 0]).tolist(), total)
     kept = [torch.empty(0, dtype=torch.int64)]
     for cluster, share in enumerate(shares):
         members = (labels == cluster).nonzero().squeeze(1)

@@ -157,33 +157,28 @@ def choose(
     """
     table = torch.stack([scores[name].double() for name in method.experts])
     valid = scores["loss"].isfinite()
-    places = valid.nonzero().squeeze(1)
-    own = vectors if bool(valid.all()) else vectors[places.numpy()]
-    found = cluster(own, method.clusters, method.seed) if skills is None else skills[places].numpy()
-    labels = torch.from_numpy(found)
-    clusters = int(labels.max()) + 1 if len(labels) else 0
-    budget = min(count(method.keep, len(ids)), len(places))
-    shares = water_fill(torch.bincount(labels, minlength=clusters).tolist(), budget)
-    priority = priorities(ids, method.seed)[places]
-    train = torch.zeros(len(ids), dtype=torch.bool)
+    if skills is None:
+        labels = torch.from_numpy(cluster(vectors, method.clusters, method.seed, valid=valid.numpy()))
+    else:
+        labels = torch.where(valid, skills, -1)
+    budget = count(method.keep, len(ids))
+    shares = water_fill(torch.bincount(labels[valid]).tolist(), budget)
+    priority = priorities(ids, method.seed)
+    train, pool = (torch.zeros(len(ids), dtype=torch.bool) for _ in range(2))
     experts: list[int | None] = []
     bits: list[list[float]] = []
     for number, share in enumerate(shares):
         members = (labels == number).nonzero().squeeze(1)
-        expert, entropy = choose_expert(table[:, places[members]])
+        expert, entropy = choose_expert(table[:, members])
         experts.append(expert)
         bits.append(entropy)
         # where no expert tells the samples apart, chance does
-        asked = table[expert, places[members]] if expert is not None else torch.zeros(len(members))
-        drawn = cover(asked, share, priority[members], bins=method.bins, tail=method.tail)
-        train[places[members[drawn]]] = True
-    near = torch.from_numpy(groups(own, found, method.seed))
-    stays, redundancy = prune(torch.from_numpy(own), labels, method.pool_limit, groups=near)
-    pool = torch.zeros(len(ids), dtype=torch.bool)
-    pool[places[stays]] = True
-    every, most = torch.full((len(ids),), -1), torch.full((len(ids),), torch.nan)
-    every[places], most[places] = labels, redundancy
-    return Chosen(train, pool, every, most, experts, bits, shares)
+        asked = table[expert, members] if expert is not None else torch.zeros(len(members))
+        train[members[cover(asked, share, priority[members], bins=method.bins, tail=method.tail)]] = True
+    near = torch.from_numpy(groups(vectors, labels.numpy(), method.seed))
+    stays, most = prune(torch.from_numpy(vectors), labels, method.pool_limit, groups=near)
+    pool[stays] = True
+    return Chosen(train, pool, labels, most, experts, bits, shares)
 
 
 def _whole(value: Any) -> bool:
