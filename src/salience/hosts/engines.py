@@ -136,22 +136,29 @@ def _started(address: str | None, timeout: float, workers: int | None) -> Any:
         options |= {"include_dashboard": False, "num_cpus": workers or os.cpu_count()}
     else:
         options["address"] = address
-    failed: list[BaseException] = []
-
-    def start() -> None:
-        try:
-            ray.init(**options)
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-            failed.append(error)
-
-    # what takes the connection but is no Ray would be waited for long
-    thread = threading.Thread(target=start, daemon=True)
-    thread.start()
-    thread.join(None if address is None else max(timeout, 1.0) + 20)
-    if thread.is_alive() or failed:
-        why = first_line(failed[0]) if failed else f"no answer within {timeout:g} s"
-        raise ParameterError(f"address must be a Ray cluster that answers, got {address} ({why})")
+    # what Ray starts here ends with the thread that started it, so that must be this one
+    failed = _failure(ray, options) if address is None else _failure_within(timeout + 20, ray, options)
+    if failed is not None:
+        where = "this machine" if address is None else address
+        raise ParameterError(f"address must be a Ray cluster that answers, got {where} ({failed})")
     return ray
+
+
+def _failure(ray: Any, options: dict[str, Any]) -> str | None:
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        return first_line(error)
+    return None
+
+
+def _failure_within(seconds: float, ray: Any, options: dict[str, Any]) -> str | None:
+    """What takes the connection but is no Ray would be waited for long."""
+    found: list[str | None] = []
+    thread = threading.Thread(target=lambda: found.append(_failure(ray, options)), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else f"no answer within {seconds:g} s"
 
 
 def _require_answer(address: str, timeout: float) -> None:
