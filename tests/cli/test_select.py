@@ -155,7 +155,7 @@ def workers_of(process, seconds=60):
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         children = psutil.Process(process.pid).children(recursive=True)
-        found = [one for one in children if one.name().startswith("ray::") and "IDLE" not in one.name()]
+        found = [one for one in children if one.name().startswith("ray::_Worker")]
         if found:
             return found
         time.sleep(0.02)
