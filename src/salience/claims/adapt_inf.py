@@ -21,7 +21,7 @@ from torch import Tensor
 
 from salience.claims.harness import Experiment, Statement, Values
 from salience.core.documents import Documents
-from salience.hosts.sample_meter import SampleMeter
+from salience.hosts.sample_meter import SampleMeter, Vectors
 from salience.methods.samples._adapt_inf_release import Chosen
 from salience.methods.samples.adapt_inf import AdaptInf, choose
 from salience.sandbox.arrivals import ArrivalWorld, accuracy, arrival_world, batch
@@ -83,7 +83,7 @@ def _measured(
 def _chosen(
     arm: str, world: ArrivalWorld, model: Any, tokenizer: Any, pool: Rows, seed: int, device: str
 ) -> Chosen:
-    vectors_of = "hidden" if arm == "hidden states" else "gradient"
+    vectors_of: Vectors = "hidden" if arm == "hidden states" else "gradient"
     clusters = 40 if arm == "40 clusters" else _METHOD.clusters
     method = replace(_METHOD, seed=seed, vectors=vectors_of, clusters=clusters)
     scores, vectors = _measured(method, model, tokenizer, pool, device)

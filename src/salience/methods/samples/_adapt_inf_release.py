@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -90,7 +90,9 @@ class Arrival:
         self._measured_by = [fingerprint(model), self._length, self._device.type]
         self._work = folder / "work"
         self._arrived = as_dataset(dataset, self._work / "stream")
-        self._about = {"documents": str(open_corpus(self._arrived, self._reading).fingerprint())}
+        self._about: dict[str, Any] = {
+            "documents": str(open_corpus(self._arrived, self._reading).fingerprint())
+        }
         self._about |= {"measured_by": self._measured_by, "method": repr(method)}
         self.finished = self._again()
         self.ids: list[str] = []
@@ -116,7 +118,7 @@ class Arrival:
 
         names = list(self._method.experts)
         asked = [
-            None if label < 0 or chosen.experts[label] is None else names[chosen.experts[label]]  # type: ignore[index]
+            None if label < 0 or chosen.experts[label] is None else names[chosen.experts[label]]
             for label in chosen.labels.tolist()
         ]
         score = [
@@ -218,7 +220,7 @@ class Arrival:
         corpus, dim = open_corpus(rows, self._reading), self._meter.dim
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "vectors.f16"
-        mode = "r+" if path.exists() else "w+"
+        mode: Literal["r+", "w+"] = "r+" if path.exists() else "w+"
         vectors = np.memmap(path, np.float16, mode, shape=(len(rows), dim))
 
         def measured(batch: Documents) -> dict[str, Tensor]:
