@@ -233,7 +233,7 @@ def test_probes_hold_the_answer_where_they_say():
     for probe in made:
         start, end = probe.passage
         assert (
-            len(probe.ids) <= 600
+            len(probe.ids) <= 900
             and probe.ids[start:end] == probe.ids[probe.answer :]
             and end <= probe.answer
         )

@@ -34,9 +34,7 @@ def test_conclusions_repeat_facts_in_another_order():
 
 def test_files_hold_every_document_once(tmp_path):
     corpus.write_documents(tmp_path, 50, 2, files=3)
-    rows = [
-        json.loads(line) for path in sorted(tmp_path.iterdir()) for line in path.read_text().splitlines()
-    ]
+    rows = [json.loads(line) for path in sorted(tmp_path.iterdir()) for line in path.read_text().splitlines()]
     assert sorted(row["text"] for row in rows) == sorted(one.text for one in corpus.documents(50, 2))
     assert len({row["id"] for row in rows}) == 50 and {row["source"] for row in rows} == set(corpus.KINDS)
 

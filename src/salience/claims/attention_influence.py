@@ -1,4 +1,4 @@
-"""AttentionInfluence: do texts that a reader misses its retrieval heads in teach reasoning better than others?
+"""AttentionInfluence: do texts in which a reader misses its retrieval heads teach reasoning better than others?
 
 The corpus world's 1,000 documents: a fifth is reasoning-like (conclusions that repeat names given far above, new in
 every document), the rest narration, code, boiler-plate and noise. Its two-layer reader scores them; each selector
@@ -43,16 +43,16 @@ def _world(seed: int) -> tuple[Any, list[corpus.Text], list[corpus.Text], tuple[
 
 
 def _selector(arm: str, reader: tuple[Any, Any], seed: int) -> Any:
-    from salience.core.registry import load
+    import salience as sal
 
     if arm == "random":
-        return load("random-samples")(keep=_KEEP, seed=seed)
+        return sal.RandomSamples(keep=_KEEP, seed=seed)
     if arm == "length":
-        return load("length")(keep=_KEEP)
+        return sal.Length(keep=_KEEP)
     if arm in ("perplexity", "high perplexity"):
-        return load("perplexity")(model=reader, keep=_KEEP, prefer="low" if arm == "perplexity" else "high")
+        return sal.Perplexity(model=reader, keep=_KEEP, prefer="low" if arm == "perplexity" else "high")
     # the reader has 384 positions: 50 questions without worked examples fit
-    return load("attention-influence")(model=reader, keep=_KEEP, probes=50, shots=0, min_tokens=32)
+    return sal.AttentionInfluence(model=reader, keep=_KEEP, probes=50, shots=0, min_tokens=32)
 
 
 @lru_cache(maxsize=8)
@@ -66,7 +66,7 @@ def _picked(arm: str, seed: int) -> tuple[list[int], float]:
     wanted = torch.tensor([one.kind == "reasoning" for one in texts])
     first, second = scores[wanted][:, None], scores[~wanted][None]
     auc = float((first > second).double().mean() + 0.5 * (first == second).double().mean())
-    kept = handle.parts[0]
+    kept: Any = handle.parts[0]
     return torch.from_numpy(kept.kept.copy()).nonzero().flatten().tolist(), auc
 
 
@@ -111,8 +111,8 @@ def _loss(model: Any, tokenizer: Any, texts: list[str]) -> float:
 
 EXPERIMENT = Experiment(
     slug="attention-influence",
-    question="Do the texts that a small reader misses its retrieval heads in teach a model reasoning-like text better "
-    "than the corpus alone, at equal steps?",
+    question="Do the texts that a small reader misses its retrieval heads in teach a model reasoning-like text "
+    "better than the corpus alone, at equal steps?",
     setting=f"{_DOCUMENTS:,} made documents of five kinds, a fifth reasoning-like; the sandbox's 2-layer reader, one "
     f"of its 8 heads found by 50 questions and switched off; keep {_KEEP}; 2-layer students of width 64, {_STEPS} "
     "steps of 8 documents from the same start",

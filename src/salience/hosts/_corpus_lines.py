@@ -105,7 +105,7 @@ class Lines(Files):
         file = self.files[number]
         ending = file.suffix.lower()
         if ending == ".gz":
-            return io.BufferedReader(gzip.open(file), 1 << 20)  # type: ignore[arg-type]
+            return io.BufferedReader(gzip.open(file), 1 << 20)
         if ending == ".zst":
             # closes the file below with itself
             return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(file)), "zstd"), 1 << 20)

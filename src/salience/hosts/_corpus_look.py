@@ -158,7 +158,7 @@ class Files:
         seen: dict[Any, str] = {}
         for shard in self._shards or ():
             for row in self.read(shard):
-                value = row.values.get(self._id)
+                value = row.values.get(str(self._id))
                 if _hashed(value) in again:
                     if value in seen:
                         raise twice(str(self._id), value, seen[value], row.where)

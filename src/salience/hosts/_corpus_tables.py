@@ -84,7 +84,8 @@ class Tables(Files):
 
         try:
             opened = self._opened(shard.file)
-            groups, first, seen = [], 0, 0
+            groups: list[int] = []
+            first = seen = 0
             for group in range(opened.num_row_groups):
                 rows = opened.metadata.row_group(group).num_rows
                 if seen + rows > shard.place and seen < shard.place + shard.rows:

@@ -176,8 +176,9 @@ def make_scorer(
     }
     if "model" not in getattr(method, "needs", ()):
         return ShardScorer(corpus, reading, method.scorer(None, None)), about
+    reader: Any = method
     model, tokenizer = scoring_model(
-        method.model, method.tokenizer, device=reading.device, dtype=reading.dtype
+        reader.model, reader.tokenizer, device=reading.device, dtype=reading.dtype
     )
     length = longest(model, reading.max_length)
     about |= {"model": fingerprint(model), "tokenizer": vocabulary(tokenizer), "max_length": length}

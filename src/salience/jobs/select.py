@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from salience.core.documents import Reading
+from salience.core.documents import Reading, ScoringMethod
 from salience.core.errors import ConflictError, require
 from salience.core.evidence import about
 from salience.core.files import write_json_atomic
@@ -114,12 +114,14 @@ def select(
         engines.wait_for(out / "shards.json")
     say(f"reading {name}")
     corpus = corpus_files.open_source(source, reading, split=settings.split)
+    # has a scorer, as was seen above
+    scores = cast(ScoringMethod, method)
     engine = _engine(settings, method, source, reading, out, size)
     say(f"scoring: {describe_method(replace(method, **_unnamed(method)))}")
     if rank:
-        selecting.help_scoring(corpus, method, reading, engines.rank_engine)
+        selecting.help_scoring(corpus, scores, reading, engines.rank_engine)
         return None
-    picked = selecting.select(corpus, method, reading, engine=engine or _local, progress=progress)
+    picked = selecting.select(corpus, scores, reading, engine=engine or _local, progress=progress)
     say("writing what was kept")
     return _finish(settings, method, picked, out, name)
 
@@ -202,8 +204,8 @@ def _engine(
     there = os.cpu_count() or 1
     threads = max(1, there // (settings.workers or there)) if not gpus else torch.get_num_threads()
     work = engines.Work(
-        _absolute(source), method, replace(reading, folder=str(out.absolute())), str(out.absolute()),
-        settings.split, threads,
+        _absolute(source), cast(ScoringMethod, method), replace(reading, folder=str(out.absolute())),
+        str(out.absolute()), settings.split, threads,
     )  # fmt: skip
     return engines.ray_engine(
         work, address=settings.address, workers=settings.workers, timeout=settings.timeout, gpus=gpus

@@ -89,7 +89,7 @@ def documents(count: int, seed: int = 0) -> list[Text]:
     draw = random.Random(f"corpus {seed}")
     kinds = [kind for kind, share in _SHARES.items() for _ in range(share)]
     sources = _sources()
-    found = []
+    found: list[Text] = []
     while len(found) < count:
         for kind in draw.sample(kinds, len(kinds)):
             found.append(Text(_MAKERS[kind](draw, sources), kind))
