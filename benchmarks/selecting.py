@@ -1,6 +1,6 @@
 """What choosing documents costs: against a plain forward pass, in memory, and with more workers of Ray.
 
-python benchmarks/selecting.py [--documents 400] [--ray] [--out benchmarks/results/selecting.json]
+python benchmarks/selecting.py [--documents 60] [--ray] [--out benchmarks/results/selecting.json]
 
 A model of six layers that was not trained scores made documents; what is measured is time, which does not depend on
 what a model has learnt. Passes are timed in turns, and the median of the rounds is told.
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 LAYERS, WIDTH, HEADS, VOCABULARY = 6, 256, 8, 768
-# of a quarter, a half and all of the depth: how far down the lowest head lies decides how much is shared
+# how far down the lowest head lies decides how much the two passes share
 LOWEST = {"last layer": LAYERS - 1, "middle layer": LAYERS // 2, "first layer": 0}
 
 
@@ -29,7 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--documents", type=int, default=400)
+    parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ray", action="store_true", help="also time one and two workers of Ray")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/selecting.json"))
@@ -44,7 +44,7 @@ def main() -> int:
     result["cost"] = cost(args.documents, args.rounds)
     result["memory"] = memory((2_000, 20_000, 100_000))
     if args.ray:
-        result["ray"] = workers(args.documents)
+        result["ray"] = workers(200)
     write_json_atomic(args.out, result)
     print(json.dumps(result, indent=1))
     return 0
@@ -165,14 +165,14 @@ def workers(count: int) -> dict[str, float]:
         place = Path(name) / "reader"
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
-        corpus.write_documents(Path(name) / "data", 4 * count, 1)
+        corpus.write_documents(Path(name) / "data", count, 1)
         for number in (1, 2):
             out = Path(name) / f"out{number}"
             subprocess.run(
                 [
                     sys.executable, "-m", "salience", "select", "--data", str(Path(name) / "data"), "--model",
                     str(place), "--method", "attention-influence:heads=((3,0),),min_tokens=2", "--engine", "ray",
-                    "--workers", str(number), "--shard-documents", "50", "--device", "cpu", "--out", str(out),
+                    "--workers", str(number), "--shard-documents", "10", "--device", "cpu", "--out", str(out),
                 ],
                 check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
