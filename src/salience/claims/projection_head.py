@@ -3,10 +3,14 @@
 An encoder 64-128-64 learns from two views of 1037 digits whether they are five or more: with the supervised
 contrastive loss or with cross-entropy, 300 steps of 64 digits, SGD. Then a logistic regression on its standardised
 features is fitted on 400 other digits with all ten labels, and tested on 360.
+
+The learning rate decides much here. Chosen by the fine labels, which pre-training does not know, the arm without a
+head takes one so low that it hardly learns the coarse task; two more arms choose it by the coarse label instead.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -30,7 +34,10 @@ _ARMS: dict[str, tuple[str, Kind, float]] = {
     "cross-entropy, no head": ("cross-entropy", "none", 1.0),
     "cross-entropy, MLP": ("cross-entropy", "mlp", 1.0),
     "cross-entropy, fixed 1.2": ("cross-entropy", "fixed", 1.2),
+    "no head, rate by coarse": ("contrastive", "none", 1.0),
+    "MLP, rate by coarse": ("contrastive", "mlp", 1.0),
 }
+_RATES = (0.03, 0.1, 0.3)
 
 
 def _probe(model: nn.Module, data: CoarseDigits, device: str, classes: int) -> float:
@@ -58,7 +65,14 @@ def _loss(loss: str, classifier: nn.Linear, z: Tensor, labels: Tensor) -> Tensor
 
 
 def _run(arm: str, seed: int, rate: float, device: str) -> Values:
-    loss, kind, kappa = _ARMS[arm]
+    if not arm.endswith("by coarse"):
+        return _trained(*_ARMS[arm], seed, rate, device)
+    tried = (_trained(*_ARMS[arm], seed, one, device) for one in _RATES)
+    return max(tried, key=lambda values: values["coarse accuracy"])
+
+
+@lru_cache(maxsize=64)
+def _trained(loss: str, kind: Kind, kappa: float, seed: int, rate: float, device: str) -> Values:
     data = coarse_digits(seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -102,6 +116,10 @@ EXPERIMENT = Experiment(
             metric="fine accuracy", arm="MLP", against="no head", size=0.1, headline=True,
         ),
         Statement(
+            says="so it does where the rate is chosen by the coarse label, as pre-training can",
+            metric="fine accuracy", arm="MLP, rate by coarse", against="no head, rate by coarse", size=0.1,
+        ),
+        Statement(
             says="contrastive loss: the fixed head (kappa 1.2, no parameters) is at most a point behind the MLP",
             metric="fine accuracy", arm="fixed 1.2", against="MLP", size=-0.01,
         ),
@@ -127,8 +145,9 @@ EXPERIMENT = Experiment(
         ),
     ),
     run=_run,
-    rates=(0.03, 0.1, 0.3),
+    rates=_RATES,
     tuned_on="fine accuracy",
-    notes="The encoder is the same in all arms; linear and MLP heads have parameters of their own in training. A "
-    "standardised probe cannot tell in front of a fixed head from behind it, so it is compared with no head.",
+    notes="Rates are chosen by the fine labels unless an arm says otherwise. The encoder is the same in all arms; "
+    "linear and MLP heads have parameters of their own in training. A standardised probe cannot tell in front of a "
+    "fixed head from behind it, so it is compared with no head.",
 )  # fmt: skip
