@@ -1,6 +1,8 @@
 """One step of a Trainer with CutMix on several ranks: the gradient against the formula, from what each rank fed.
 
-python cutmix.py FOLDER BATCH ACCUMULATION SAMPLES        (or under torchrun)
+python cutmix.py FOLDER BATCH,ACCUMULATION,SAMPLES ...        (or under torchrun)
+
+What a case gave is in the folder FOLDER/BATCH,ACCUMULATION,SAMPLES.
 """
 
 import copy
@@ -21,18 +23,20 @@ import salience as sal
 from salience.methods.samples.cutmix import mixed_loss
 
 
-def main(folder, batch, accumulation, samples):
-    folder, rank = Path(folder), int(os.environ.get("RANK", "0"))
+def run(folder, case):
+    batch, accumulation, samples = map(int, case.split(","))
+    folder, rank = folder / case, int(os.environ.get("RANK", "0"))
+    folder.mkdir(exist_ok=True)
     model = pictures_model()
     fresh, keep = copy.deepcopy(model), Keep(model)
     trainer = picture_trainer(
         folder / "run",
         model,
-        count=int(samples),
+        count=samples,
         callbacks=[keep],
         max_steps=1,
-        per_device_train_batch_size=int(batch),
-        gradient_accumulation_steps=int(accumulation),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
         max_grad_norm=0.0,
         train_sampling_strategy="sequential",
     )
@@ -66,5 +70,6 @@ def main(folder, batch, accumulation, samples):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for case in sys.argv[2:]:
+        run(Path(sys.argv[1]), case)
     leave()

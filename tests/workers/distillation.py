@@ -1,6 +1,8 @@
 """One step of a Trainer with a distillation method on several ranks; rank 0 writes the gradients it steps with.
 
-python distillation.py FOLDER METHOD BATCH ACCUMULATION        (or under torchrun)
+python distillation.py FOLDER METHOD,BATCH,ACCUMULATION ...        (or under torchrun)
+
+The gradients of a case are in FOLDER/METHOD,BATCH,ACCUMULATION.safetensors.
 """
 
 import os
@@ -33,11 +35,12 @@ class Keep(TrainerCallback):
         self.grads |= {n: p.grad.clone() for n, p in extra.items()}
 
 
-def main(folder, method, batch, accumulation):
+def run(folder, case):
+    method, batch, accumulation = case.split(",")
     model = vit()
     keep = Keep(model)
     trainer = picture_trainer(
-        Path(folder) / "run",
+        folder / case,
         model,
         callbacks=[keep],
         max_steps=1,
@@ -48,9 +51,10 @@ def main(folder, method, batch, accumulation):
     keep.part = sal.focus(trainer, METHODS[method]).parts[0]
     trainer.train()
     if os.environ.get("RANK", "0") == "0":
-        save_file(keep.grads, Path(folder) / "found.safetensors")
+        save_file(keep.grads, folder / f"{case}.safetensors")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for case in sys.argv[2:]:
+        run(Path(sys.argv[1]), case)
     leave()
