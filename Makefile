@@ -11,9 +11,10 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 run: $(VENV)/ready  ## tune the sandbox model and write the report
 	$(BIN)/salience tune --out $(OUT)
 
+# a file's slow tests share what they set up, so they stay in one process
 test: $(VENV)/ready  ## the fast tests, then the slow ones
 	$(TESTS)
-	$(TESTS) -m slow
+	$(TESTS) -m slow --dist loadfile
 
 check: $(VENV)/ready  ## format, lint, types, generated files
 	$(BIN)/ruff format --check .
