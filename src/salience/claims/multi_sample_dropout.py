@@ -133,7 +133,7 @@ EXPERIMENT = Experiment(
         ),
     ),
     run=_run,
-    rates=(5e-4, 1e-3, 2e-3, 4e-3),
+    rates=(1e-3, 2e-3, 4e-3, 8e-3),
     tuned_on="steps",
     tuned_higher=False,
     notes="Equal steps favour M > 1 by construction: it computes more in each. The backbone is small, so the head's "
