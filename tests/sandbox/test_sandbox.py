@@ -456,7 +456,7 @@ def test_tuning_the_tiny_base_lowers_the_held_out_loss(world):
     assert after < 0.6 * before
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_tuning_the_small_base_teaches_new_tasks(shared_cache):
     clean, noisy = instruction_world(noisy_tokens=0, noisy_samples=0), instruction_world()
     tokenizer = clean.tokenizer()
