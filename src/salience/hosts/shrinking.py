@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import set_seed
 
-from salience.core import pictures
+from salience.core import drawing, pictures
 from salience.core.files import folder_atomic, write_json_atomic
 from salience.core.pictures import as_svg
 from salience.core.spec import describe_method
@@ -173,7 +173,7 @@ def _svg(figure: Any, label: str, salt: str) -> dict[str, str]:
         len({round(axes.get_subplotspec().colspan.start) for axes in figure.axes if axes.get_subplotspec()})
         > 1
     )
-    for name, width in (("wide", pictures.WIDE), ("narrow", pictures.NARROW)):
+    for name, width in (("wide", drawing.WIDE), ("narrow", drawing.NARROW)):
         if name == "narrow" and beside:
             shown[name] = ""
             continue
