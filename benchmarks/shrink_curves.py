@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
 from salience.claims import darex, easy_ep, loraprune, maestro
 from salience.claims.harness import load_evidence
 from salience.core import drawing
@@ -184,6 +186,15 @@ def _draw_panel(axes: Any, panel: Panel, points: dict[str, Any]) -> None:
             markersize=5 if place == 0 else 3.5,
             label=panel.names.get(arm, arm),
         )
+    axes.set_xscale("log")
+    ticks = [100 * share for share, _ in _mean(points[panel.arms[0]])]
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    if panel.quality == "perplexity":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
     axes.set_title(panel.title)
     axes.set_xlabel(panel.share)
     axes.set_ylabel(f"{panel.quality}, held out")
