@@ -78,7 +78,15 @@ class Task:
 
 @dataclass
 class Meters:
-    """What is measured while an arm trains; survives a resume through the checkpoint."""
+    """What is measured while an arm trains; survives a resume through the checkpoint.
+
+    Attributes:
+        step_seconds (list[float]): of each optimizer step.
+        other_seconds (float): of what methods did before the first.
+        gradients (int): bytes before the optimizer's step, the most there were.
+        optimizer (int): bytes of its state, the most there were.
+        saved (list[int]): bytes kept for backward, of each micro-batch that was looked at.
+    """
 
     step_seconds: list[float] = field(default_factory=list)
     other_seconds: float = 0.0
@@ -93,7 +101,12 @@ class Meters:
 
 
 class TuneTrainer(ResumableTrainer):
-    """Stops at a loss that is not finite, and counts now and then what autograd keeps for backward."""
+    """Stops at a loss that is not finite, and counts now and then what autograd keeps for backward.
+
+    Attributes:
+        meters (Meters): what is measured.
+        meter_at (frozenset[int]): steps on which the bytes kept for backward are counted.
+    """
 
     meters: Meters
     meter_at: frozenset[int] = frozenset()

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 DOMAINS = ("code", "prose", "tasks")
 
-_VERSION = 1  # of everything below that decides what the checkpoint holds
+_VERSION = 1  # of everything below and in `_language` that decides what the checkpoint holds
 _TASK_LINES = 40  # in one text
 _TASK_TEXTS = {False: 600, True: 40}  # for training, held out
 _SHORTEST = 200  # characters of a topic

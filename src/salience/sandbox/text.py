@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-_VERSION = 1  # of everything below that decides what the checkpoint holds
+_VERSION = 1  # of everything below and in `_language` that decides what the checkpoint holds
 
 
 @dataclass(frozen=True)
