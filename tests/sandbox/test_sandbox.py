@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from salience.core.errors import ParameterError, SalienceError
-from salience.sandbox import scoring, text
+from salience.sandbox import _language, scoring, text
 from salience.sandbox.cache import cache_folder, cached
 from salience.sandbox.digits import ResidualMLP, accuracy, digits, trained
 from salience.sandbox.instructions import instruction_world
@@ -277,16 +277,16 @@ def test_global_random_states_stay_as_they_were(brief, own_cache):
 
 
 def test_python_without_its_sources_is_refused(tmp_path, own_cache, monkeypatch):
-    monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(_language.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(SalienceError, match="Python's library must be there as sources, found 0 files"):
         text_world(size="tiny")
 
 
 def test_a_bar_is_shown_only_when_asked(capfd):
-    with text._bar("working", 2, None) as advance:
+    with _language.bar("working", 2, None) as advance:
         advance()
     assert capfd.readouterr() == ("", "")
-    with text._bar("working", 2, True) as advance:
+    with _language.bar("working", 2, True) as advance:
         advance()
         advance()
     out, err = capfd.readouterr()
