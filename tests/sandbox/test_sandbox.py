@@ -249,7 +249,7 @@ def brief(monkeypatch):
     )  # fmt: skip
     files = [f"def twice_{number}(x):\n    return x + x + {number}\n" * 40 for number in range(12)]
     monkeypatch.setitem(text._RECIPES, "tiny", recipe)
-    monkeypatch.setattr(text, "_texts", lambda *, held_out: files)
+    monkeypatch.setattr(text, "library_texts", lambda *, held_out: files)
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_others(brief, tmp_path, monkeypatch):
