@@ -159,7 +159,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """A panel for each method that was measured."""
     shown = [(panel, results[name]) for name, panel in PANELS.items() if name in results]
     with drawing.style():
-        figure = drawing.new_figure(960, 440 * -(-len(shown) // 2))
+        figure = drawing.new_figure(1080, 440 * -(-len(shown) // 2))
         places = figure.subplots(-(-len(shown) // 2), min(len(shown), 2), squeeze=False).ravel()
         for axes in places[len(shown) :]:
             axes.set_axis_off()
