@@ -36,7 +36,7 @@ from salience.core import distributed
 from salience.core.attach import Attachment
 from salience.core.errors import ConflictError, ParameterError
 from salience.core.losses import IGNORE, logits_of, loss_of, token_losses
-from salience.core.part import Batch, Part, State
+from salience.core.part import Batch, Part, State, load_whole_state, whole_state
 
 
 class Loop:
@@ -305,10 +305,7 @@ class Loop:
 
     def state(self) -> dict[str, State]:
         """State of every part with its histories, keyed by the part's place in the list and its class."""
-        return {
-            f"{i}.{type(part).__name__}": part.state() | _history_state(part)
-            for i, part in enumerate(self.parts)
-        }
+        return {f"{i}.{type(part).__name__}": whole_state(part) for i, part in enumerate(self.parts)}
 
     def load_state(self, states: Mapping[str, State]) -> None:
         """Restore what `state` returned.
@@ -320,8 +317,7 @@ class Loop:
         if list(states) != expected:
             raise ParameterError(f"methods must be those of the stored run {list(states)}, got {expected}")
         for part, state in zip(self.parts, states.values()):
-            rows = _load_histories(part, state)
-            part.load_state({name: value for name, value in state.items() if name not in rows})
+            load_whole_state(part, state)
 
     # --- inside ----------------------------------------------------------------------------------------------
 
@@ -392,23 +388,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _history_state(part: Part) -> State:
-    return {
-        f"history/{name}/{key}": value
-        for name, history in part.histories.items()
-        for key, value in history.state().items()
-    }
-
-
-def _load_histories(part: Part, state: State) -> set[str]:
-    """Give the part's histories their rows back; the names of the entries that were theirs."""
-    for name, history in part.histories.items():
-        start = f"history/{name}/"
-        rows = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
-        history.load({k: v for k, v in rows.items() if isinstance(v, Tensor)})
-    return {name for name in state if name.startswith("history/")}
 
 
 def _shaped(part: Part, what: str, given: Tensor, shape: torch.Size) -> Tensor:

@@ -159,6 +159,25 @@ class Part:
         """The inverse of `state`."""
 
 
+def whole_state(part: Part) -> State:
+    """A part's state and the rows of its histories."""
+    rows = {
+        f"history/{name}/{key}": value
+        for name, history in part.histories.items()
+        for key, value in history.state().items()
+    }
+    return part.state() | rows
+
+
+def load_whole_state(part: Part, state: State) -> None:
+    """The inverse of `whole_state`."""
+    for name, history in part.histories.items():
+        start = f"history/{name}/"
+        rows = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+        history.load({k: v for k, v in rows.items() if isinstance(v, Tensor)})
+    part.load_state({name: value for name, value in state.items() if not name.startswith("history/")})
+
+
 def optimizer_bytes(optimizer: torch.optim.Optimizer | None) -> int:
     """Exact bytes of the tensors in an optimizer's state, of sharded ones those on this rank."""
     if optimizer is None:
