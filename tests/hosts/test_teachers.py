@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import Listed, collate, ragged_samples
-from distillation_models import FlatTeacher, images, pictures, vit
+from picture_models import FlatTeacher, images, pictures, vit
 
 from salience.core.errors import ConflictError, ParameterError
 from salience.hosts.teachers import (

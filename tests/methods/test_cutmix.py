@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Listed, losses_of, ragged_samples, tiny_llama, tiny_trainer
+from picture_models import pictures, seeded, shown_model
+from picture_models import vit as pictures_model
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -32,55 +34,6 @@ from salience.methods.samples.cutmix import (
 )
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods" / "cutmix.md"
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def pictures(samples):
-    """Collates: samples of images as they are, and any text sample as an image that depends on its words."""
-    rows = []
-    for sample in samples:
-        if "pixel_values" not in sample:
-            draw = seeded(sum(sample["input_ids"]))
-            sample = {
-                "pixel_values": torch.randn(3, 8, 8, generator=draw),
-                "labels": len(sample["labels"]) % 3,
-            }
-        rows.append(sample)
-    labels = torch.tensor([sample["labels"] for sample in rows])
-    return {"pixel_values": torch.stack([sample["pixel_values"] for sample in rows]), "labels": labels}
-
-
-def pictures_model(seed=0):
-    """A ViT of one layer."""
-    from transformers import ViTConfig, ViTForImageClassification
-
-    torch.manual_seed(seed)
-    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **SIZES))
-
-
-def shown_model():
-    """A ResNet that also takes the text batches of tests that know no images.
-
-    Not a ViT: transformers renames its weights in checkpoints, and a Trainer that resumes does not rename them back.
-    """
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    class Shown(ResNetForImageClassification):
-        def forward(self, pixel_values=None, labels=None, input_ids=None, attention_mask=None):
-            if input_ids is not None:
-                shown = pictures([{"input_ids": row, "labels": row} for row in input_ids.tolist()])
-                pixel_values, labels = shown["pixel_values"], None
-            return super().forward(pixel_values=pixel_values, labels=labels)
-
-    Shown.__name__ = "ResNetForImageClassification"  # transformers finds the loss by the class's name
-    torch.manual_seed(0)
-    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic", "num_labels": 3}
-    # a model that is given labels writes the problem into its config; under CutMix it is not given them
-    return Shown(ResNetConfig(problem_type="single_label_classification", **sizes)).eval()
 
 
 def on_pictures(**given):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import losses_of, tiny_llama, tiny_trainer
-from distillation_models import (
+from picture_models import (
     TEACHER,
     FlatTeacher,
     images,

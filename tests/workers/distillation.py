@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-from distillation_models import TEACHER, picture_trainer, vit
 from leaving import leave
+from picture_models import TEACHER, picture_trainer, vit
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 

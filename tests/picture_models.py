@@ -1,4 +1,4 @@
-"""Tiny students and teachers for the tests of distillation."""
+"""Tiny classifiers of images for tests: students, teachers, and one that also takes the batches of text."""
 
 import torch
 from conftest import tiny_trainer
@@ -51,7 +51,7 @@ def shown_model():
     Shown.__name__ = "ResNetForImageClassification"  # transformers finds the loss by the class's name
     torch.manual_seed(0)
     sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
-    # a model that is given labels writes the problem into its config; under PLD it is not given them
+    # a model that is given labels writes the problem into its config; under PLD or CutMix it is not given them
     config = ResNetConfig(num_labels=CLASSES, problem_type="single_label_classification", **sizes)
     return Shown(config).eval()
 
@@ -74,7 +74,7 @@ class FlatTeacher(torch.nn.Module):
         return self.linear(pixels.flatten(1))
 
     def __repr__(self):
-        return "__import__('distillation_models').TEACHER"
+        return "__import__('picture_models').TEACHER"
 
 
 TEACHER = FlatTeacher()
