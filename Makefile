@@ -6,14 +6,18 @@ OUT ?= runs/first
 # two processes of one thread are faster than one of two: the models of the tests are tiny
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: run test test-slow check style index docs bench clean
+.PHONY: run test test-worlds check style index docs bench clean
 
 run: $(VENV)/ready  ## tune the sandbox model and write the report
 	$(BIN)/salience tune --out $(OUT)
 
+# a file's slow tests share what they set up, so they stay in one process
 test: $(VENV)/ready  ## the fast tests, then the slow ones
 	$(TESTS)
-	$(TESTS) -m slow
+	$(TESTS) -m slow --dist loadfile
+
+test-worlds: $(VENV)/ready  ## train the sandbox's models whole and test what they have learnt (ten minutes)
+	$(TESTS) -m world
 
 check: $(VENV)/ready  ## format, lint, types, generated files
 	$(BIN)/ruff format --check .

@@ -123,7 +123,8 @@ def main() -> None:
             "at equal memory": memory,
         }
         print(json.dumps(rows, indent=1))
-    found = {"about": about(device), "size": size, "rows": rows}
+    command = f"python benchmarks/experts.py --device {device}"
+    found = {"command": command, "about": about(device), "size": size, "rows": rows}
     known = json.loads(options.out.read_text()) if options.out.is_file() else {}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({**known, device: found}, indent=1) + "\n", encoding="utf-8")

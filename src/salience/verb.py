@@ -223,7 +223,8 @@ def loop(
     """Attach training methods to a training loop of one's own; see `salience.core.loop` for the five calls.
 
     Args:
-        model (nn.Module): called with a batch as keywords, returns an object or mapping with `loss` and `logits`.
+        model (nn.Module): called with a batch as keywords, returns an object or mapping with `loss` and `logits`; a
+            plain module that takes no `labels` is called without them and returns logits.
         method (Method | Sequence[Method]): methods that act on a Trainer.
         optimizer (Optimizer | None): built over everything that may ever train.
         data (Iterable[dict] | None): batches, for methods that probe or score beforehand.
@@ -241,6 +242,7 @@ def loop(
     from salience.core.attach import Attachment
     from salience.core.loop import Loop
     from salience.core.part import Site
+    from salience.hosts.transformers import takes_labels
 
     require(0.0 <= smoothing < 1.0, "smoothing", "in [0, 1)", smoothing)
     methods = _methods(method)
@@ -264,6 +266,7 @@ def loop(
         shifted=shifted,
         smoothing=smoothing,
         record=record,
+        own_loss=takes_labels(model),
         call=call,
         data=data,
     )

@@ -1,5 +1,9 @@
 """`salience methods`, `salience show`, help and version."""
 
+import textwrap
+
+import pytest
+
 from salience.core.registry import entries
 
 
@@ -17,8 +21,17 @@ def test_methods_lists_filters_and_searches(cli):
 def test_show_has_parameters_paper_and_use(cli):
     for slug, entry in entries().items():
         code, out, _ = cli("show", slug)
-        assert code == 0 and entry.arxiv in out and "Parameters" in out and f"sal.{entry.name}()" in out
+        assert code == 0 and entry.arxiv in out and "Parameters" in out and f"sal.{entry.name}(" in out
         assert "official code" in out.lower()
+
+
+@pytest.mark.parametrize("slug", ["cutmix", "dhkd", "mc-temporal-dropout", "multi-sample-dropout", "nested-dropout",
+                                  "pld", "projection-head"])  # fmt: skip
+def test_show_prints_a_loop_that_runs(cli, slug):
+    code, out, _ = cli("show", slug)
+    _, _, loop = out.partition("In a loop of your own\n")
+    assert code == 0 and "import torch, salience as sal" in loop and 5 <= len(loop.strip().splitlines()) <= 14
+    exec(textwrap.dedent(loop), {})
 
 
 def test_help_teaches(cli):

@@ -34,7 +34,7 @@ def launch(worker, *arguments, ranks=1):
         ]
     command += [str(WORKERS / worker), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import collate, ragged_samples, tiny_gpt2, tiny_llama
+from conftest import collate, ragged_samples, tiny_gpt2, tiny_llama, tiny_trainer
 
 import salience as sal
-from salience.core.errors import ConflictError, TargetError
+from salience.core.errors import ConflictError, StructureError, TargetError
 from salience.core.losses import sample_losses, token_losses
 from salience.core.method import Method
 from salience.core.part import Part
@@ -57,12 +57,31 @@ class LogitPenalty(Part):
         return 0.5 * per_token.sum(-1) / self.mask.sum(-1)
 
 
+class OtherLosses(Part):
+    """Half the square of the loss in the place of the loss, with graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.changes_losses = True
+
+    def losses(self, batch, loop):
+        return batch.losses.square() / 2
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tokens(Method):
     unit: ClassVar[str] = "token"
 
     def attach_trainer(self, site, record):
         return ForwardTokens()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Squares(Method):
+    unit: ClassVar[str] = "class"
+
+    def attach_trainer(self, site, record):
+        return OtherLosses()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +203,33 @@ def test_a_batch_without_any_weight_gives_zero_gradients_and_no_nan():
         assert all(grad is None or grad.eq(0).all() for grad in grads.values())
 
 
+class WeightDecay(Part):
+    """A penalty once a step, on the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.penalizes = True
+
+    def penalty(self, batch, loop):
+        return 0.5 * loop.model.layer.weight.square().sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainPenalty(Method):
+    unit: ClassVar[str] = "weight"
+
+    def attach_trainer(self, site, record):
+        return WeightDecay()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoChange(Method):
+    unit: ClassVar[str] = "layer"
+
+    def attach_trainer(self, site, record):
+        return Part()
+
+
 class Freezes(Part):
     def __init__(self, keep):
         super().__init__()
@@ -221,3 +267,132 @@ def test_a_wrong_target_names_the_right_one():
 def test_the_same_method_twice_is_refused():
     with pytest.raises(ConflictError, match="got Tokens twice"):
         sal.loop(tiny_llama(), [Tokens(), Tokens()])
+
+
+def test_changed_losses_take_the_place_of_cross_entropy_before_weights():
+    batch, model = collate(ragged_samples(4)), tiny_llama()
+    plain = tiny_llama()
+    loop = sal.loop(model, [Tokens(), Squares()])
+    loop.begin()
+    loop.start_step([batch])
+    loop.loss(batch).backward()
+    loop.finish_step()
+    given = {name: value for name, value in batch.items() if name != "labels"}
+    losses, active = token_losses(plain(**given).logits, batch["labels"])
+    losses = losses.square() / 2
+    found = losses.detach()
+    weights = (0.2 + found).clamp(max=4.3) * (found > 4.0) * active
+    ((losses * weights).sum() / weights.sum()).backward()
+    for (name, found), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_changed_losses_have_to_keep_their_shape():
+    class Short(OtherLosses):
+        def losses(self, batch, loop):
+            return batch.losses.sum()
+
+    @dataclass(frozen=True, kw_only=True)
+    class Sums(Method):
+        unit: ClassVar[str] = "class"
+
+        def attach_trainer(self, site, record):
+            return Short()
+
+    batch = collate(ragged_samples(2))
+    loop = sal.loop(tiny_llama(), Sums())
+    loop.begin()
+    loop.start_step([batch])
+    with pytest.raises(TypeError, match=r"Short must give losses \[2, \d+\], got \[\]"):
+        loop.loss(batch)
+
+
+class Plain(torch.nn.Module):
+    """Knows nothing of transformers: it takes features and returns logits."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(5, 3).double()
+
+    def forward(self, features):
+        return self.layer(features)
+
+
+def plain_batches(*sizes):
+    draw = torch.Generator().manual_seed(1)
+    return [
+        {
+            "features": torch.randn(size, 5, generator=draw, dtype=torch.float64),
+            "labels": torch.randint(3, (size,), generator=draw),
+        }
+        for size in sizes
+    ]
+
+
+@pytest.mark.parametrize(
+    "methods", [[Squares()], [NoChange()], [PlainPenalty()]], ids=["losses", "none", "penalty"]
+)
+@pytest.mark.parametrize("cuts", [(6,), (2, 4)])
+def test_a_plain_module_that_returns_logits_trains_in_a_loop(methods, cuts):
+    model, plain, batches = Plain(), Plain(), plain_batches(*cuts)
+    loop = sal.loop(model, methods)
+    loop.begin()
+    loop.start_step(batches)
+    for batch in batches:
+        loop.loss(batch).backward()
+    loop.finish_step()
+    logits = torch.cat([plain(batch["features"]) for batch in batches])
+    losses = torch.nn.functional.cross_entropy(
+        logits, torch.cat([batch["labels"] for batch in batches]), reduction="none"
+    )
+    losses = losses.square() / 2 if isinstance(methods[0], Squares) else losses
+    penalty = 0.5 * plain.layer.weight.square().sum() if isinstance(methods[0], PlainPenalty) else 0.0
+    (losses.mean() + penalty).backward()
+    for found, wanted in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-9, atol=1e-12)
+    wanted = torch.nn.functional.cross_entropy(plain(batches[0]["features"]), batches[0]["labels"])
+    assert loop.probe_loss(batches[0]) == pytest.approx(float(wanted.detach()))
+
+
+def test_a_plain_module_trains_on_a_trainer(tmp_path):
+    batch = plain_batches(8)[0]
+    rows = [{name: value[row] for name, value in batch.items()} for row in range(8)]
+
+    def stacked(samples):
+        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+    model, plain = Plain(), Plain()
+    trainer = tiny_trainer(
+        tmp_path, model, rows, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        optim="sgd", learning_rate=0.1, max_grad_norm=0.0,
+    )  # fmt: skip
+    trainer.data_collator = stacked
+    handle = sal.focus(trainer, Squares())
+    trainer.train()
+    handle.undo()
+    losses = torch.nn.functional.cross_entropy(plain(batch["features"]), batch["labels"], reduction="none")
+    (losses.square() / 2).mean().backward()
+    for found, start in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.detach(), start.detach() - 0.1 * start.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_a_model_without_loss_or_logits_says_so():
+    class Silent(Plain):
+        def forward(self, features, labels=None):
+            return {"logits": self.layer(features)}
+
+    class Mute(Plain):
+        def forward(self, features):
+            return {"hidden": features}
+
+    batch = plain_batches(4)[0]
+    for model, text in (
+        (Silent(), "model must return loss, got dict"),
+        (Mute(), "model must return logits, got dict"),
+    ):
+        loop = sal.loop(model, NoChange())
+        loop.begin()
+        loop.start_step([batch])
+        with pytest.raises(StructureError, match=text):
+            loop.loss(batch)

@@ -9,9 +9,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
+from salience.core.drawing import NARROW
 from salience.core.errors import ParameterError
 from salience.core.overlays import DROPPED, KEPT, KEPT_LINE, MERGED, MERGED_LINE, Stage, _outlines, draw_kept
-from salience.core.pictures import NARROW, as_svg
+from salience.core.pictures import as_svg
 
 
 def grid(number, high, wide, cell):

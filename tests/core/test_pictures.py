@@ -12,15 +12,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from salience.core.drawing import ARMS, BASELINE, NARROW, colours
 from salience.core.pictures import (
-    ARMS,
-    BASELINE,
     MEMORY,
-    NARROW,
     as_svg,
     byte_unit,
     bytes_text,
-    colours,
     draw_histories,
     loss_curves,
     memory_bars,

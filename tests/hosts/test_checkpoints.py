@@ -11,7 +11,7 @@ from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
 
 from salience.core.errors import ParameterError
-from salience.hosts import checkpoints
+from salience.hosts import _weight_files, checkpoints
 from salience.hosts.checkpoints import (
     check_checkpoint,
     check_device,
@@ -394,18 +394,18 @@ def test_weights_that_are_not_finite_are_refused(llama, value, dtype):
 
 @pytest.mark.parametrize("place", [0, 6, 7, 22])
 def test_every_chunk_is_looked_at(monkeypatch, place):
-    monkeypatch.setattr(checkpoints, "_CHUNK", 7)
+    monkeypatch.setattr(_weight_files, "_CHUNK", 7)
     tensor = torch.zeros(23)
-    assert checkpoints._is_finite(tensor)
+    assert _weight_files._is_finite(tensor)
     tensor[place] = float("nan")
-    assert not checkpoints._is_finite(tensor)
+    assert not _weight_files._is_finite(tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])
 def test_tensors_of_other_kinds_are_looked_at(dtype):
-    assert checkpoints._is_finite(torch.ones(3).to(dtype))
-    assert checkpoints._is_finite(torch.ones(0))
-    assert not checkpoints._is_finite(torch.tensor([float("nan")]).to(torch.float8_e4m3fn))
+    assert _weight_files._is_finite(torch.ones(3).to(dtype))
+    assert _weight_files._is_finite(torch.ones(0))
+    assert not _weight_files._is_finite(torch.tensor([float("nan")]).to(torch.float8_e4m3fn))
 
 
 def test_a_shard_that_is_missing_or_broken_is_named(saved):

@@ -1,8 +1,5 @@
 """LISA and IST with two real processes: the same layers on every rank, and the training of one process."""
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,31 +7,32 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-WORKER = Path(__file__).parent.parent / "workers" / "layers.py"
+sys.path.insert(0, str(Path(__file__).parent.parent / "core"))
+from test_distributed import launch
+
 STEPS = 8
+LOOPS = ["lisa-fsdp", "lisa-fsdp-ends-evaluated", "lisa-ddp", "ist-fsdp-evaluated", "ist-ddp"]
+MIXED, TRAINERS = "lisa-fsdp-mixed", ["lisa-trainer", "ist-trainer"]
 
 
-def run(out, case, ranks):
-    command = [sys.executable]
-    if ranks > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command += [str(WORKER), str(out), case]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [load_file(f"{out}.{rank}") for rank in range(ranks)]
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What every case gave in one process, and on each of two ranks."""
+    one, both = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("both")
+    launch("layers.py", one, *LOOPS, *TRAINERS)
+    launch("layers.py", both, *LOOPS, MIXED, *TRAINERS, ranks=2)
+
+    def read(case):
+        alone = load_file(one / f"{case}.0") if case != MIXED else {}
+        return alone, [load_file(both / f"{case}.{rank}") for rank in range(2)]
+
+    return read
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", ["lisa-fsdp", "lisa-fsdp-ends-evaluated", "lisa-ddp", "ist-fsdp-evaluated", "ist-ddp"]
-)
-def test_two_processes_train_as_one(case, tmp_path):
-    (one,) = run(tmp_path / "one", case, 1)
-    both = run(tmp_path / "both", case, 2)
+@pytest.mark.parametrize("case", LOOPS)
+def test_two_processes_train_as_one(case, runs):
+    one, both = runs(case)
     for rank in both:
         for step in range(STEPS):
             for what in ("flags", "gradients", "state"):
@@ -58,8 +56,8 @@ def test_two_processes_train_as_one(case, tmp_path):
 
 
 @pytest.mark.slow
-def test_blocks_that_were_frozen_at_the_first_step_train_later_in_mixed_precision(tmp_path):
-    both = run(tmp_path / "both", "lisa-fsdp-mixed", 2)
+def test_blocks_that_were_frozen_at_the_first_step_train_later_in_mixed_precision(runs):
+    _, both = runs(MIXED)
     trained = torch.stack([both[0][f"{step}.gradients"] for step in range(STEPS)])
     first = trained[0]
     assert (trained.any(0) & ~first).any(), "no block was frozen at first and trained later"
@@ -69,10 +67,10 @@ def test_blocks_that_were_frozen_at_the_first_step_train_later_in_mixed_precisio
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["lisa-trainer", "ist-trainer"])
-def test_a_trainer_with_two_processes_trains_as_one(case, tmp_path):
-    (one,) = run(tmp_path / "one", case, 1)
-    for rank in run(tmp_path / "both", case, 2):
+@pytest.mark.parametrize("case", TRAINERS)
+def test_a_trainer_with_two_processes_trains_as_one(case, runs):
+    one, both = runs(case)
+    for rank in both:
         for name, value in one.items():
             torch.testing.assert_close(
                 rank[name], value, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"

@@ -347,7 +347,7 @@ def test_quick_model_answers_and_fails_without_the_block_of_the_note(quick, kind
     assert right["replaced"] <= 0.2 * len(some)
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_trained_model_answers_every_kind_far_beyond_what_it_was_trained_on(tmp_path, monkeypatch):
     monkeypatch.setenv("SALIENCE_CACHE", str(tmp_path))
     # a seed on which an earlier start of the weights failed to learn the look-up by key

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from salience.core.errors import ParameterError, SalienceError
-from salience.sandbox import scoring, text
+from salience.sandbox import _language, scoring, text
 from salience.sandbox.cache import cache_folder, cached
 from salience.sandbox.digits import ResidualMLP, accuracy, digits, trained
 from salience.sandbox.instructions import instruction_world
@@ -249,7 +249,7 @@ def brief(monkeypatch):
     )  # fmt: skip
     files = [f"def twice_{number}(x):\n    return x + x + {number}\n" * 40 for number in range(12)]
     monkeypatch.setitem(text._RECIPES, "tiny", recipe)
-    monkeypatch.setattr(text, "_texts", lambda *, held_out: files)
+    monkeypatch.setattr(text, "library_texts", lambda *, held_out: files)
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_others(brief, tmp_path, monkeypatch):
@@ -277,16 +277,16 @@ def test_global_random_states_stay_as_they_were(brief, own_cache):
 
 
 def test_python_without_its_sources_is_refused(tmp_path, own_cache, monkeypatch):
-    monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(_language.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(SalienceError, match="Python's library must be there as sources, found 0 files"):
         text_world(size="tiny")
 
 
 def test_a_bar_is_shown_only_when_asked(capfd):
-    with text._bar("working", 2, None) as advance:
+    with _language.bar("working", 2, None) as advance:
         advance()
     assert capfd.readouterr() == ("", "")
-    with text._bar("working", 2, True) as advance:
+    with _language.bar("working", 2, True) as advance:
         advance()
         advance()
     out, err = capfd.readouterr()
@@ -456,7 +456,7 @@ def test_tuning_the_tiny_base_lowers_the_held_out_loss(world):
     assert after < 0.6 * before
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_tuning_the_small_base_teaches_new_tasks(shared_cache):
     clean, noisy = instruction_world(noisy_tokens=0, noisy_samples=0), instruction_world()
     tokenizer = clean.tokenizer()

@@ -274,7 +274,7 @@ def test_accuracy_counts_whole_answers(tiny, monkeypatch):
 # what training reaches
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_trained_model_answers_held_out_questions_and_reads_late(tmp_path, monkeypatch):
     monkeypatch.setenv("SALIENCE_CACHE", str(tmp_path))
     model, processor = vision.load(seed=1)

@@ -1,6 +1,6 @@
 """A few steps of LISA or IST; every rank writes what it saw. Started by test_layers_fsdp.py.
 
-python layers.py OUT CASE        (or under torchrun; OUT gets ".RANK" appended)
+python layers.py FOLDER CASE ...        (or under torchrun; of a case every rank writes FOLDER/CASE.RANK)
 """
 
 import os
@@ -59,7 +59,7 @@ def in_a_trainer(out, case):
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     model, _, method, probes = build(case, 1)
     trainer = tiny_trainer(
-        Path(out).parent / "run",
+        Path(f"{out}-run"),
         model,
         ragged_samples(STEPS * BATCH),
         max_steps=STEPS,
@@ -77,7 +77,7 @@ def in_a_trainer(out, case):
 
 def in_a_loop(out, case):
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1:
+    if ranks > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
     rank = dist.get_rank() if ranks > 1 else 0
     model, call, method, probes = build(case, ranks)
@@ -118,6 +118,7 @@ def in_a_loop(out, case):
 
 
 if __name__ == "__main__":
-    run = in_a_trainer if "trainer" in sys.argv[2] else in_a_loop
-    run(*sys.argv[1:])
+    for case in sys.argv[2:]:
+        run = in_a_trainer if "trainer" in case else in_a_loop
+        run(f"{sys.argv[1]}/{case}", case)
     leave()

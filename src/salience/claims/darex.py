@@ -152,8 +152,8 @@ def _best_run(arm: str, rate: float, steps: int, keep: float, seed: int, device:
     return max(runs, key=right)
 
 
-def _measure(arm: str, delta: str, keep: float, seed: int, device: str) -> tuple[float, float]:
-    """Accuracy on the test half, mean over the masks; mean |delta|."""
+def measure(arm: str, delta: str, keep: float, seed: int, device: str) -> tuple[float, float]:
+    """One arm of the experiment at any share: accuracy on the test half, mean over the masks; mean |delta|."""
     rate, steps = _DELTAS[delta]
     data, base = _moved_digits(seed), _base(seed, device)
     tuned = _tuned(rate, steps, 0.0, seed, device)
@@ -184,7 +184,7 @@ def _run(arm: str, seed: int, _: float, device: str) -> Values:
     for metric, (delta, keep) in _METRICS.items():
         if arm in _REFITTED and delta != "large":
             continue
-        values[metric], size = _measure(arm, delta, keep, seed, device)
+        values[metric], size = measure(arm, delta, keep, seed, device)
         if metric == "large, 1 %":
             values["mean |delta|, large"] = size
     return values

@@ -56,7 +56,8 @@ def _demonstrations(domain: str, seed: int) -> tuple[list[dict[str, Any]], list[
     return batches[:-1], batches[-1:]
 
 
-def _run(arm: str, seed: int, rate: float, device: str) -> Values:
+def kept(arm: str, keep: int, seed: int, device: str) -> Values:
+    """One arm of the experiment at any number of experts: means over the domains that they are kept for."""
     model = _loaded(seed, device)
 
     def losses() -> dict[str, float]:
@@ -65,24 +66,27 @@ def _run(arm: str, seed: int, rate: float, device: str) -> Values:
             return {name: float(model(input_ids=ids, labels=ids).loss) for name, ids in rows.items()}
 
     if arm == "full":
-        whole = fmean(losses().values())
-        return {f"{where} {keep}": whole for keep in _KEPT for where in ("loss", "other loss")}
+        return dict.fromkeys(("loss", "other loss"), fmean(losses().values()))
     values: dict[str, list[float]] = {}
-    for keep in _KEPT:
-        for domain in DOMAINS:
-            many, few = _demonstrations(domain, seed)
-            for draw in range(_DRAWS if arm == "random" else 1):
-                method = _ARMS[arm](keep, seed * _DRAWS + draw)
-                with sal.focus(model, method, data=many) as handle:
-                    found = losses()
-                    chosen = handle.parts[0].kept
-                values.setdefault(f"loss {keep}", []).append(found[domain])
-                values.setdefault(f"other loss {keep}", []).extend(found[d] for d in DOMAINS if d != domain)
-            if arm != "random":
-                with sal.focus(model, method, data=few) as handle:
-                    same = (chosen[:, :, None] == handle.parts[0].kept[:, None, :]).any(-1)
-                values.setdefault(f"found by few {keep}", []).append(float(same.double().mean()))
+    for domain in DOMAINS:
+        many, few = _demonstrations(domain, seed)
+        for draw in range(_DRAWS if arm == "random" else 1):
+            method = _ARMS[arm](keep, seed * _DRAWS + draw)
+            with sal.focus(model, method, data=many) as handle:
+                found = losses()
+                chosen = handle.parts[0].kept
+            values.setdefault("loss", []).append(found[domain])
+            values.setdefault("other loss", []).extend(found[d] for d in DOMAINS if d != domain)
+        if arm != "random":
+            with sal.focus(model, method, data=few) as handle:
+                same = (chosen[:, :, None] == handle.parts[0].kept[:, None, :]).any(-1)
+            values.setdefault("found by few", []).append(float(same.double().mean()))
     return {name: fmean(several) for name, several in values.items()}
+
+
+def _run(arm: str, seed: int, rate: float, device: str) -> Values:
+    found = {keep: kept(arm, keep, seed, device) for keep in _KEPT}
+    return {f"{name} {keep}": value for keep, values in found.items() for name, value in values.items()}
 
 
 EXPERIMENT = Experiment(

@@ -43,7 +43,8 @@ def _batches(world: TextWorld, seed: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": few, "labels": few} for few in rows]
 
 
-def _run(arm: str, seed: int, rate: float, device: str) -> Values:
+def pruned(arm: str, seed: int, rate: float, device: str, keep: float = _KEEP) -> Values:
+    """One arm of the experiment at any share of heads and channels kept."""
     world = text_world(size="tiny", seed=seed)
     model: Any = world.model().to(device)
     data = _batches(world, seed)
@@ -51,7 +52,7 @@ def _run(arm: str, seed: int, rate: float, device: str) -> Values:
     if arm == "one shot":
         # all steps are warm-up: the masks change once, at the last of them, and nothing is learnt before
         score = LoRAPrune(
-            keep=_KEEP,
+            keep=keep,
             metric="grad",
             steps=_ONE_SHOT,
             warmup=0.95,
@@ -62,7 +63,7 @@ def _run(arm: str, seed: int, rate: float, device: str) -> Values:
         spent = focus(model, score, data=data[:_ONE_SHOT]).finish().spent["loraprune"]
         focus(model, LoRAPrune(keep=1.0, steps=_STEPS - _ONE_SHOT, **shared), data=data[_ONE_SHOT:]).finish()
     else:
-        keep, shared["metric"] = (1.0, "lora") if arm == "not pruned" else (_KEEP, arm)
+        keep, shared["metric"] = (1.0, "lora") if arm == "not pruned" else (keep, arm)
         method = LoRAPrune(keep=keep, steps=_STEPS, **shared)
         spent = focus(model, method, data=data).finish().spent["loraprune"]
     loss = text_loss(model, world.tokenizer(), world.held_out_texts, windows=96)
@@ -114,7 +115,7 @@ EXPERIMENT = Experiment(
             metric="gradient bytes", arm="lora", against="grad", direction="lower", size=0.5, ratio=True,
         ),
     ),
-    run=_run,
+    run=pruned,
     rates=(3e-3,),
     seeds=5,
     notes="Two key/value groups and 128 channels a layer leave little to choose from, and 100 steps of LoRA repair "

@@ -1,8 +1,8 @@
-"""What commands that run a model have in common: quiet libraries and bars."""
+"""What commands that run a model have in common: quiet libraries, bars, runs that Ctrl-C ends at a step, columns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,3 +65,55 @@ class Bar:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+
+@contextmanager
+def stoppable(console: Any) -> Iterator[Callable[[], bool]]:
+    """Run the block so that Ctrl-C ends it at the next step; what it gives says whether to stop.
+
+    A second Ctrl-C stops at once. A block that was stopped ends the command with the shell's code for that, 130.
+
+    Args:
+        console (Console): of rich, on standard error.
+    """
+    import signal
+
+    import typer
+
+    from salience.hosts.arms import Stopped
+
+    asked: list[int] = []
+
+    def interrupt(*_: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(1)
+        console.print("stopping at the end of this step (press again to stop at once)")
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield lambda: bool(asked)
+    except Stopped as stopped:
+        console.print(str(stopped))
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def column_names(pairs: list[str] | None) -> dict[str, str] | None:
+    """`--column OURS=THEIRS`, as often as given, as a dictionary.
+
+    Raises:
+        ParameterError: if one is not written so.
+    """
+    from salience.core.errors import ParameterError
+
+    if not pairs:
+        return None
+    found = {}
+    for pair in pairs:
+        ours, equals, theirs = pair.partition("=")
+        if not (ours and equals and theirs):
+            raise ParameterError(f"column must be written OURS=THEIRS, got {pair!r}")
+        found[ours] = theirs
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated
 
 import typer
@@ -41,13 +42,26 @@ def show(
     console.print(table)
     console.print("\n[bold]Use[/bold]")
     target = "trainer" if "trainer" in entry.targets else entry.targets[0]
-    console.print(f"  import salience as sal\n  sal.focus({target}, sal.{entry.name}())", markup=False)
-    if "trainer" in entry.targets:
+    given = "teacher=teacher" if "teacher" in cls.needs else ""
+    console.print(f"  import salience as sal\n  sal.focus({target}, sal.{entry.name}({given}))", markup=False)
+    if "trainer" in entry.targets and entry.job == "tune":
         console.print(f"  salience tune --method {entry.slug}", markup=False)
     if "model" in entry.targets and entry.unit == "token":
         console.print(f"  salience see --method {entry.slug}", markup=False)
     if entry.arxiv:
         console.print(f"  salience bench {entry.slug}      # rerun the paper's claim here", markup=False)
+    example = _example(inspect.getdoc(cls) or "")
+    if example:
+        console.print("\n[bold]In a loop of your own[/bold]")
+        for line in example:
+            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _example(text: str) -> list[str]:
+    """The code of the `Example:` section of a Google docstring, without prompts."""
+    _, _, section = text.partition("\nExample:\n")
+    lines = itertools.takewhile(lambda line: line.startswith("    "), section.splitlines())
+    return [line[8:] for line in lines if line[4:8] in (">>> ", "... ")]
 
 
 def _attributes(text: str) -> dict[str, str]:

@@ -114,13 +114,15 @@ def shrink(
         salience shrink --model ./my-model --data train.jsonl --method loraprune:keep=0.5 --method
         loraprune:keep=0.5,metric=magnitude --steps 500 --out ./rivals
     """
+    from salience.cli._running import column_names
+
     options = {
         "model": model, "data": data, "test_data": test_data, "methods": method, "world": world, "rank": rank,
         "learning_rate": learning_rate, "steps": steps, "epochs": epochs, "batch_size": batch_size,
         "accumulation": accumulation, "samples": samples, "max_length": max_length, "truncate": truncate,
         "eval_samples": eval_samples, "save_every": save_every, "baseline": baseline,
         "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats, "seed": seed,
-        "device": device, "dtype": dtype, "quick": quick, "columns": _columns(column),
+        "device": device, "dtype": dtype, "quick": quick, "columns": column_names(column),
     }  # fmt: skip
     from salience.jobs.shrink_recipe import make_shrink_recipe
 
@@ -130,46 +132,28 @@ def shrink(
     _run(resolved, out)
 
 
-def _columns(pairs: list[str] | None) -> dict[str, str] | None:
-    from salience.cli.tune import _columns as parsed
-
-    return parsed(pairs)
-
-
 def _run(recipe: Any, out: Path) -> None:
-    import signal
-
     from rich.console import Console
 
-    from salience.cli._running import Bar, quiet_libraries
-    from salience.cli.tune import _interrupt
+    from salience.cli._running import Bar, quiet_libraries, stoppable
 
     console = Console(stderr=True)
     with quiet_libraries(console):
-        from salience.hosts.tuning import Stopped
         from salience.jobs.shrink import shrink as run
 
-    asked: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda *_: _interrupt(asked, console))
-    try:
-        with Bar(console, remaining=True) as bar:
+    with stoppable(console) as stop, Bar(console, remaining=True) as bar:
 
-            def progress(arm: str, step: int, steps: int, loss: float) -> None:
-                bar(step, steps, arm, f"loss {loss:.3f}")
+        def progress(arm: str, step: int, steps: int, loss: float) -> None:
+            bar(step, steps, arm, f"loss {loss:.3f}")
 
-            result = run(
-                recipe,
-                out,
-                progress=progress,
-                say=console.print,
-                stop=lambda: bool(asked),
-                measured=lambda done, total: bar(done, total, "measuring"),
-            )
-    except Stopped as stopped:
-        console.print(str(stopped))
-        raise typer.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGINT, previous)
+        result = run(
+            recipe,
+            out,
+            progress=progress,
+            say=console.print,
+            stop=stop,
+            measured=lambda done, total: bar(done, total, "measuring"),
+        )
     _summary(result, out)
 
 

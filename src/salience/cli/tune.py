@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def tune(
@@ -76,12 +73,14 @@ def tune(
 
         salience tune --recipe runs/tune/recipe.json --seed 1 --out runs/again
     """
+    from salience.cli._running import column_names
+
     options = {
         "model": model, "data": data, "test_data": test_data, "methods": method, "adapter": adapter, "rank": rank,
         "learning_rate": learning_rate, "steps": steps, "epochs": epochs, "batch_size": batch_size,
         "accumulation": accumulation, "max_length": max_length, "truncate": truncate,
         "eval_samples": eval_samples, "save_every": save_every, "baseline": baseline, "seed": seed,
-        "device": device, "dtype": dtype, "quick": quick, "columns": _columns(column),
+        "device": device, "dtype": dtype, "quick": quick, "columns": column_names(column),
     }  # fmt: skip
     from salience.jobs.recipe import make_recipe
 
@@ -89,54 +88,22 @@ def tune(
     _run(resolved, out)
 
 
-def _columns(pairs: list[str] | None) -> dict[str, str] | None:
-    from salience.core.errors import ParameterError
-
-    if not pairs:
-        return None
-    found = {}
-    for pair in pairs:
-        ours, equals, theirs = pair.partition("=")
-        if not (ours and equals and theirs):
-            raise ParameterError(f"column must be written OURS=THEIRS, got {pair!r}")
-        found[ours] = theirs
-    return found
-
-
 def _run(recipe: Any, out: Path) -> None:
-    import signal
-
     from rich.console import Console
 
-    from salience.cli._running import Bar, quiet_libraries
+    from salience.cli._running import Bar, quiet_libraries, stoppable
 
     console = Console(stderr=True)
     with quiet_libraries(console):
-        from salience.hosts.tuning import Stopped
         from salience.jobs.tune import tune as run
 
-    asked: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda *_: _interrupt(asked, console))
-    try:
-        with Bar(console, remaining=True) as bar:
+    with stoppable(console) as stop, Bar(console, remaining=True) as bar:
 
-            def progress(arm: str, step: int, steps: int, loss: float) -> None:
-                bar(step, steps, arm, f"loss {loss:.3f}")
+        def progress(arm: str, step: int, steps: int, loss: float) -> None:
+            bar(step, steps, arm, f"loss {loss:.3f}")
 
-            result = run(recipe, out, progress=progress, say=console.print, stop=lambda: bool(asked))
-    except Stopped as stopped:
-        console.print(str(stopped))
-        raise typer.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGINT, previous)
+        result = run(recipe, out, progress=progress, say=console.print, stop=stop)
     _summary(result, out)
-
-
-def _interrupt(asked: list[int], console: Console) -> None:
-    if asked:
-        raise KeyboardInterrupt
-    asked.append(1)
-    console.print("stopping at the end of this step (press again to stop at once)")
 
 
 def _summary(result: dict[str, Any], out: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from salience.core.pictures import INK, MUTED, NARROW, WIDE, _figure, _short, _style, colours
+from salience.core.drawing import INK, MUTED, NARROW, WIDE, colours, new_figure, short, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,8 +61,8 @@ def draw(
     chosen = list(heads) if heads is not None else _some(range(len(shown[0].share)), fits)
     side = width / len(chosen)
     height = min(side, 210.0) + _HEAD
-    with _style():
-        figure = _figure(width, height * len(shown) + (240 if points else 0))
+    with style():
+        figure = new_figure(width, height * len(shown) + (240 if points else 0))
         above: Any = figure
         if points:
             above, below = figure.subfigures(2, 1, height_ratios=[height * len(shown), 240])
@@ -84,8 +84,8 @@ def draw_recall(methods: Mapping[str, Sequence[Kept]], *, width: int = WIDE) -> 
     Returns:
         Figure: one panel.
     """
-    with _style():
-        figure = _figure(width, 300)
+    with style():
+        figure = new_figure(width, 300)
         _draw_points(figure.subplots(), methods)
         columns = 1 if width <= 1.5 * NARROW else min(len(methods), 3)
         figure.legend(
@@ -137,7 +137,7 @@ def _draw_points(axes: Axes, methods: Mapping[str, Sequence[Kept]]) -> None:
             markersize=5,
             alpha=0.75,
             markeredgewidth=0,
-            label=_short(name, 46),
+            label=short(name, 46),
         )
     axes.axhline(1.0, color=MUTED, linewidth=0.7)
     axes.set_ylim(max(0.0, lowest - 0.06), 1.02)

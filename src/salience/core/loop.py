@@ -1,7 +1,7 @@
 """How attached methods act together in a training loop, whoever owns that loop.
 
-With token losses `l[i,t]`, token weights `m_k[i,t]`, sample weights `w_k[i]` and penalties `P_j`, one optimizer
-step minimises
+With losses `l[i,t]` of single tokens (cross-entropy, or what a method puts in its place), token weights `m_k[i,t]`,
+sample weights `w_k[i]` and penalties `P_j`, one optimizer step minimises
 
     sum_it (prod_k w_k[i]) (prod_k m_k[i,t]) l[i,t]  /  sum_it (prod_k w_k[i]) (prod_k m_k[i,t])  +  sum_j P_j
 
@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from salience.core import distributed
 from salience.core.attach import Attachment
 from salience.core.errors import ConflictError, ParameterError
-from salience.core.losses import IGNORE, token_losses
-from salience.core.part import Batch, Part, State
+from salience.core.losses import IGNORE, logits_of, loss_of, token_losses
+from salience.core.part import Batch, Part, State, load_whole_state, whole_state
 
 
 class Loop:
@@ -49,6 +49,8 @@ class Loop:
         shifted (bool): whether labels are shifted against the logits (causal language models).
         smoothing (float): label smoothing of the weighted loss.
         record (Attachment | None): where changes are recorded.
+        own_loss (bool): whether the model gives its loss itself when it is called with labels. A plain module that
+            returns logits does not: it is called without labels, and cross-entropy is taken here.
         call (nn.Module | None): the module that runs the forward pass, if it is not `model` (DDP).
         data (Iterable[dict] | None): batches to probe with or to score beforehand.
 
@@ -66,6 +68,7 @@ class Loop:
         shifted: bool = True,
         smoothing: float = 0.0,
         record: Attachment | None = None,
+        own_loss: bool = True,
         call: nn.Module | None = None,
         data: Iterable[dict[str, Any]] | None = None,
     ) -> None:
@@ -76,6 +79,7 @@ class Loop:
         self.shifted = shifted
         self.smoothing = smoothing
         self.record = record if record is not None else Attachment()
+        self.own_loss = own_loss
         self.step = 0
         self.total_steps: int | None = None
         self._call = model if call is None else call
@@ -92,8 +96,10 @@ class Loop:
 
     @property
     def weighted(self) -> bool:
-        """Whether any part weights tokens or samples, so that the model's own mean loss cannot be used."""
-        return any(part.weights_tokens or part.weights_samples for part in self.parts)
+        """Whether losses of single tokens are needed, so that the model's own mean loss cannot be used."""
+        return not self.own_loss or any(
+            part.weights_tokens or part.weights_samples or part.changes_losses for part in self.parts
+        )
 
     @property
     def penalized(self) -> bool:
@@ -153,10 +159,10 @@ class Loop:
     def loss(self, inputs: Mapping[str, Any]) -> Tensor:
         """Forward and weighted loss of one micro-batch, for loops of one's own."""
         self.before_forward(inputs)
-        outputs = self._call(**inputs)
+        outputs = self._call(**(inputs if self.own_loss else without_labels(inputs)))
         if self.weighted:
             return self.weighted_loss(inputs, outputs)
-        base = outputs["loss"] if isinstance(outputs, Mapping) else outputs.loss
+        base = loss_of(outputs)
         # the model's own mean over this micro-batch, as its share of the labels of the whole step
         share = self._label_count(inputs["labels"]) * distributed.size() / self._labels
         return self.with_penalty(base * share, None)
@@ -166,22 +172,29 @@ class Loop:
 
         Args:
             inputs (Mapping[str, Tensor]): with `labels`.
-            outputs (Any): with `logits`.
+            outputs (Any): logits, or something with `logits`.
 
         Returns:
             Tensor: [] with graph.
         """
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
+        logits = logits_of(outputs)
         labels = inputs["labels"]
         losses, active = token_losses(logits, labels, shifted=self.shifted, smoothing=self.smoothing)
         batch = Batch(inputs, labels, logits, losses, active, active.to(losses.dtype), outputs)
         for part in self.parts:
+            if part.changes_losses:
+                batch.losses = _shaped(part, "losses", part.losses(batch, self), losses.shape)
+        losses = batch.losses
+        for part in self.parts:
             if part.weights_tokens:
-                batch.weights = batch.weights * _checked(part, part.token_weights(batch, self), losses.shape)
+                batch.weights = batch.weights * _shaped(
+                    part, "weights", part.token_weights(batch, self).detach(), losses.shape
+                )
         weights = batch.weights
         for part in self.parts:
             if part.weights_samples:
-                given = _checked(part, part.sample_weights(batch, self), losses.shape[:1])
+                given = part.sample_weights(batch, self).detach()
+                given = _shaped(part, "weights", given, losses.shape[:1])
                 weights = weights * given.unsqueeze(-1)
         # where() and not a product: an ignored position may hold an infinite loss
         numerator = torch.where(weights > 0, losses, losses.new_zeros(())).mul(weights).sum()
@@ -192,10 +205,10 @@ class Loop:
         for part in self.parts:
             if part.penalizes:
                 value = part.penalty(batch, self)
-                share = distributed.size() / self._samples if value.dim() else 1.0 / self._micro_batches
+                share = self.sample_share if value.dim() else 1.0 / self._micro_batches
                 term = value.sum() * share
                 self._penalty_total = term.detach() + self._penalty_total
-                loss = loss + self._defer(term) if self._deferred else loss + term
+                loss = loss + (self._defer(term) if self._deferred and term.requires_grad else term)
         return loss
 
     def finish_step(self, scale: float = 1.0) -> None:
@@ -226,8 +239,13 @@ class Loop:
     def probe_loss(self, inputs: Mapping[str, Tensor]) -> float:
         """Mean loss of one batch in eval mode without graph, averaged over ranks; modes are put back after it."""
         with evaluating(self.model), torch.no_grad():
-            outputs = self.model(**self.to_device(inputs))
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs.loss
+            given = self.to_device(inputs)
+            if self.own_loss:
+                loss = loss_of(self.model(**given))
+            else:
+                logits = logits_of(self.model(**without_labels(given)))
+                losses, active = token_losses(logits, given["labels"], shifted=self.shifted)
+                loss = losses.sum() / active.sum()
         return float(distributed.all_reduce_mean(loss.detach().double()))
 
     def to_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,6 +280,23 @@ class Loop:
             raise ConflictError("data must be a sequence of batches for this method, got None")
         return self.data
 
+    def adopt(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Let parameters beside the model train with it: what is done to its gradients is done to theirs.
+
+        They are the caller's to put into the optimizer, to clear, to average over ranks and to store.
+        """
+        self._named |= parameters
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that train in this step by name, the model's and the adopted ones."""
+        return {name: p for name, p in self._named.items() if p.requires_grad}
+
+    @property
+    def sample_share(self) -> float:
+        """What one sample's penalty is multiplied with on this rank, so that the step has the mean over all."""
+        return distributed.size() / self._samples
+
     def drop_optimizer_state(self, names: Iterable[str]) -> None:
         """Delete the optimizer's state of these parameters, so that its memory is really free."""
         if self.optimizer is not None:
@@ -270,10 +305,7 @@ class Loop:
 
     def state(self) -> dict[str, State]:
         """State of every part with its histories, keyed by the part's place in the list and its class."""
-        return {
-            f"{i}.{type(part).__name__}": part.state() | _history_state(part)
-            for i, part in enumerate(self.parts)
-        }
+        return {f"{i}.{type(part).__name__}": whole_state(part) for i, part in enumerate(self.parts)}
 
     def load_state(self, states: Mapping[str, State]) -> None:
         """Restore what `state` returned.
@@ -285,8 +317,7 @@ class Loop:
         if list(states) != expected:
             raise ParameterError(f"methods must be those of the stored run {list(states)}, got {expected}")
         for part, state in zip(self.parts, states.values()):
-            rows = _load_histories(part, state)
-            part.load_state({name: value for name, value in state.items() if name not in rows})
+            load_whole_state(part, state)
 
     # --- inside ----------------------------------------------------------------------------------------------
 
@@ -310,16 +341,14 @@ class Loop:
 
     def _defer(self, term: Tensor) -> Tensor:
         """Keep a penalty's gradient apart, because the step's own gradients are yet to be scaled."""
-        names = [name for name, p in self._named.items() if p.requires_grad]
-        if any(hasattr(self._named[name], "placements") for name in names):
+        trained = self.trained
+        if any(hasattr(parameter, "placements") for parameter in trained.values()):
             raise ConflictError(
                 "gradient accumulation must be 1 when penalties meet token or sample weights on a sharded model "
                 f"(FSDP), got {self._micro_batches} micro-batches"
             )
-        grads = torch.autograd.grad(
-            term, [self._named[name] for name in names], retain_graph=True, allow_unused=True
-        )
-        for name, grad in zip(names, grads):
+        grads = torch.autograd.grad(term, list(trained.values()), retain_graph=True, allow_unused=True)
+        for name, grad in zip(trained, grads):
             if grad is not None:
                 held = self._penalty_grads.get(name)
                 self._penalty_grads[name] = grad if held is None else held + grad
@@ -344,6 +373,11 @@ class Loop:
         self._now_trains = set(names)
 
 
+def without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch as a model gets it that is not to compute its loss."""
+    return {name: value for name, value in inputs.items() if name != "labels"}
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the block; afterwards every submodule has the mode that it had."""
@@ -356,24 +390,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _history_state(part: Part) -> State:
-    return {
-        f"history/{name}/{key}": value
-        for name, history in part.histories.items()
-        for key, value in history.state().items()
-    }
-
-
-def _load_histories(part: Part, state: State) -> set[str]:
-    """Give the part's histories their rows back; the names of the entries that were theirs."""
-    for name, history in part.histories.items():
-        start = f"history/{name}/"
-        rows = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
-        history.load({k: v for k, v in rows.items() if isinstance(v, Tensor)})
-    return {name for name in state if name.startswith("history/")}
-
-
-def _checked(part: Part, weights: Tensor, shape: torch.Size) -> Tensor:
-    if weights.shape != shape:
-        raise TypeError(f"{type(part).__name__} must give weights {list(shape)}, got {list(weights.shape)}")
-    return weights.detach()
+def _shaped(part: Part, what: str, given: Tensor, shape: torch.Size) -> Tensor:
+    if given.shape != shape:
+        raise TypeError(f"{type(part).__name__} must give {what} {list(shape)}, got {list(given.shape)}")
+    return given

@@ -6,6 +6,9 @@ sample i, and `active[i, t]`, whether that token takes part. What a model's own 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,3 +77,28 @@ def sample_losses(losses: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     total = weights.to(losses.dtype).sum(-1)
     mean = (losses * weights).sum(-1) / total.clamp_min(torch.finfo(losses.dtype).tiny)
     return torch.where(total > 0, mean, torch.zeros_like(mean)), total
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits that a model returned: a tensor, an object or a mapping with `logits`.
+
+    Raises:
+        StructureError: if there are none.
+    """
+    return outputs if isinstance(outputs, Tensor) else _member(outputs, "logits")
+
+
+def loss_of(outputs: Any) -> Tensor:
+    """The loss that a model returned: an object or a mapping with `loss`.
+
+    Raises:
+        StructureError: if there is none.
+    """
+    return _member(outputs, "loss")
+
+
+def _member(outputs: Any, name: str) -> Tensor:
+    found = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+    if not isinstance(found, Tensor):
+        raise StructureError(f"model must return {name}, got {type(outputs).__name__} without")
+    return found

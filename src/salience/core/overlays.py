@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from salience.core.drawing import INK, MUTED, WIDE, new_figure, short, style
 from salience.core.errors import require
-from salience.core.pictures import INK, MUTED, WIDE, _figure, _short, _style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,8 +91,8 @@ def draw_kept(
     heads = [_LINE * (1.4 + count) for count in lines]
     left_out = f"{len(images) - most} more pictures are not drawn." if len(images) > most else ""
     height = 30 + sum(heads) + len(bands) * (tall + 10) + (_LINE + 4 if left_out else 0)
-    with _style():
-        figure = _figure(width, height)
+    with style():
+        figure = new_figure(width, height)
         figure.set_layout_engine("none")
         page = _Page(figure, width, height)
         _legend(page, any((stage.fates == MERGED).any() for rows in stages.values() for stage in rows))
@@ -212,7 +212,7 @@ def _draw_heads(page: _Page, band: list[tuple[str, list[_Column]]], down: float,
     for name, columns in band:
         if name:
             left, end = columns[0].left, columns[-1].left + size
-            page.text(left, down + 11, _short(name, int((end - left) // 7)), weight="bold")
+            page.text(left, down + 11, short(name, int((end - left) // 7)), weight="bold")
             page.line(left, end, down + 16)
         for column in columns:
             for number, line in enumerate(column.title):
@@ -223,14 +223,14 @@ def _title(stage: Stage, size: float) -> list[str]:
     """ "layer 8: 288 of 576 kept", in as many lines as it takes."""
     kept, merged = int((stage.fates == KEPT).sum()), int((stage.fates == MERGED).sum())
     counts = [f"{kept:,} of {len(stage.fates):,} kept", *([f"{merged:,} merged"] if merged else [])]
-    name = _short(stage.title, int(size // 6))
+    name = short(stage.title, int(size // 6))
     line = f"{name}: {', '.join(counts)}"
     return [line] if 6 * len(line) <= size else [name, *counts]
 
 
 def _caption(fates: np.ndarray | None, labels: Sequence[str], number: int, size: float) -> str:
     if fates is None:
-        return _short(labels[number] if labels else f"picture {number + 1}", int(size // 6))
+        return short(labels[number] if labels else f"picture {number + 1}", int(size // 6))
     return f"{int((fates == KEPT).sum()):,} of {len(fates):,}"
 
 

@@ -1,7 +1,8 @@
 """What an attached method does: a `Part` of a training loop, or of nothing more than a model.
 
-A `Part` may weight tokens and samples, add penalties, decide which parameters train and change gradients; it is
-told when training begins and when an optimizer step starts. Every function here is optional to override.
+A `Part` may change losses, weight tokens and samples, add penalties, decide which parameters train and change
+gradients; it is told when training begins and when an optimizer step starts. Every function here is optional to
+override.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Batch:
         inputs (Mapping[str, Tensor]): what the model was called with, labels included.
         labels (Tensor): [B, T] unshifted, -100 where ignored ([B] for classes).
         logits (Tensor): [B, T, V] ([B, C] for classes), with graph.
-        losses (Tensor): [B, T] fp32, the loss of token t in column t, with graph ([B, 1] for classes).
+        losses (Tensor): [B, T] fp32, the loss of token t in column t, with graph ([B, 1] for classes): cross-entropy,
+            or what parts made of it.
         active (Tensor): [B, T] bool, the tokens that have a loss.
         weights (Tensor): [B, T] product of the token weights given so far (for sample weights: of all of them).
         outputs (Any): what the model returned.
@@ -71,12 +73,14 @@ class Part:
     Attributes:
         weights_tokens (bool): whether `token_weights` is to be called.
         weights_samples (bool): whether `sample_weights` is to be called.
+        changes_losses (bool): whether `losses` is to be called.
         penalizes (bool): whether `penalty` is to be called.
         histories (dict[str, History]): recorded scores, drawn as maps of units x time.
     """
 
     weights_tokens: bool = field(default=False, init=False)
     weights_samples: bool = field(default=False, init=False)
+    changes_losses: bool = field(default=False, init=False)
     penalizes: bool = field(default=False, init=False)
     histories: dict[str, History] = field(default_factory=dict, init=False)
 
@@ -95,6 +99,13 @@ class Part:
         Parameters that the user froze stay frozen whatever is returned. The sets of all parts are intersected.
         """
         return None
+
+    def losses(self, batch: Batch, loop: Loop) -> Tensor:
+        """What takes the place of `batch.losses`, of the same shape, in fp32, with graph.
+
+        Every part sees what those before it have made of them; weights come after all of them.
+        """
+        raise TypeError(f"{type(self).__name__} sets changes_losses and must define losses")
 
     def token_weights(self, batch: Batch, loop: Loop) -> Tensor:
         """Non-negative weights [B, T] without graph."""
@@ -160,6 +171,25 @@ class Part:
 
     def load_state(self, state: State) -> None:
         """The inverse of `state`."""
+
+
+def whole_state(part: Part) -> State:
+    """A part's state and the rows of its histories."""
+    rows = {
+        f"history/{name}/{key}": value
+        for name, history in part.histories.items()
+        for key, value in history.state().items()
+    }
+    return part.state() | rows
+
+
+def load_whole_state(part: Part, state: State) -> None:
+    """The inverse of `whole_state`."""
+    for name, history in part.histories.items():
+        start = f"history/{name}/"
+        rows = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+        history.load({k: v for k, v in rows.items() if isinstance(v, Tensor)})
+    part.load_state({name: value for name, value in state.items() if not name.startswith("history/")})
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer | None) -> int:

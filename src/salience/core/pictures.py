@@ -1,35 +1,28 @@
 """Pictures of scores and runs: importance maps, loss curves, memory bars.
 
-Figures are made without pyplot, so nothing global changes and no window opens; matplotlib is imported when the first
-one is drawn. Colours tell apart for colour-blind readers and in grey print; maps use a perceptually uniform scale.
+Their look is `drawing`'s; maps use a perceptually uniform scale.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from salience.core.drawing import ARMS, MUTED, NARROW, PAPER, WIDE, colours, new_figure, short, style, wrapped
 from salience.core.svg import as_svg
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from matplotlib.figure import Figure
 
     from salience.core.scores import History
 
-__all__ = ["as_svg", "bytes_text", "colours", "draw_histories", "loss_curves", "memory_bars", "memory_total"]
+__all__ = ["as_svg", "bytes_text", "draw_histories", "loss_curves", "memory_bars", "memory_total"]
 
-WIDE, NARROW = 820, 370  # pixels of a page's column and of a phone
-INK, MUTED, GRID, PAPER, BASELINE = "#1f2733", "#5c6673", "#dde2e8", "#fffffe", "#6b7480"
-ARMS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#997700", "#56b4e9")
 # key in a run's result, name on screen, colour; neighbours differ in lightness
 MEMORY = (
     ("parameters", "parameters", "#4a5568"),
@@ -40,39 +33,6 @@ MEMORY = (
 _SCALE = "viridis"
 _MARKS = "oosD^v"
 _MOST_COLUMNS, _MOST_ROWS = 600, 512
-_STYLE: dict[str, Any] = {
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.labelsize": 9.5,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.fontsize": 9.5,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": INK,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8.0,
-    "axes.edgecolor": MUTED,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": False,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 3.0,
-    "ytick.major.size": 3.0,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "legend.frameon": False,
-    "figure.facecolor": PAPER,
-    "axes.facecolor": "none",
-    "savefig.facecolor": PAPER,
-    "text.parse_math": False,  # labels are the user's words, dollar signs included
-}
 
 
 def draw_histories(
@@ -93,14 +53,14 @@ def draw_histories(
     """
     shown = {title: pair for title, pair in histories.items() if pair[1].steps}
     heights = [min(1.05 + 0.16 * pair[1].values().shape[1], 4.0) for pair in shown.values()] or [1.0]
-    with _style():
-        figure = _figure(width, 96 * sum(max(height, 1.9) for height in heights))
+    with style():
+        figure = new_figure(width, 96 * sum(max(height, 1.9) for height in heights))
         panels = figure.subplots(max(len(shown), 1), 1, squeeze=False, height_ratios=heights)[:, 0]
         if not shown:
             panels[0].set_axis_off()
         for axes, (title, (unit, history)) in zip(panels, shown.items()):
             each = re.search(r"of each (\w+)", title)
-            _draw_history(figure, axes, _wrapped(title, width), each.group(1) if each else unit, history)
+            _draw_history(figure, axes, wrapped(title, width), each.group(1) if each else unit, history)
             if until is not None and axes.images:
                 start, end = axes.get_xlim()
                 axes.set_xlim(start, min(end, until) if until > history.steps[-1] else end)
@@ -136,11 +96,11 @@ def loss_curves(
     axis_names = ["step"] + (["seconds"] if len(curves) > 1 and len(timed) == len(curves) else [])
     unit = _in_readable_time(curves)
     beside = width > 1.5 * NARROW
-    with _style():
-        names = [_short(labels.get(arm, arm), width // 8 - 6) for arm in curves]
+    with style():
+        names = [short(labels.get(arm, arm), width // 8 - 6) for arm in curves]
         columns = max(width // (7 * max([len(name) for name in names] + [13]) + 60), 1)
         legend_rows = math.ceil((len(names) + 1) / columns)
-        figure = _figure(width, (270 if beside else 235 * len(axis_names)) + 22 * legend_rows)
+        figure = new_figure(width, (270 if beside else 235 * len(axis_names)) + 22 * legend_rows)
         grid = (1, len(axis_names)) if beside else (len(axis_names), 1)
         panels = figure.subplots(*grid, squeeze=False, sharey=True).ravel()
         for axes, axis in zip(panels, axis_names):
@@ -176,8 +136,8 @@ def memory_bars(
     totals = [memory_total(arm["memory"]) for arm in arms.values()]
     unit, size = byte_unit(max([*totals, 1]))
     narrow = width <= 1.5 * NARROW
-    with _style():
-        figure = _figure(width, 62 * len(arms) + (112 if narrow else 92))
+    with style():
+        figure = new_figure(width, 62 * len(arms) + (112 if narrow else 92))
         axes = figure.subplots()
         for place, (arm, entry) in enumerate(arms.items()):
             start = 0.0
@@ -192,7 +152,7 @@ def memory_bars(
                     axes.text(start + part / 2, place, text, ha="center", va="center", **ink)
                 start += part
             name_ink = {"color": paint[arm], "fontweight": "bold"}
-            axes.text(0, place - 0.36, _short(entry.get("label", arm), width // 9), va="bottom", **name_ink)
+            axes.text(0, place - 0.36, short(entry.get("label", arm), width // 9), va="bottom", **name_ink)
             axes.annotate(
                 bytes_text(start * size), (start, place), (5, 0), textcoords="offset points", va="center"
             )
@@ -207,13 +167,6 @@ def memory_bars(
             columnspacing=1.4, handletextpad=0.5,
         )  # fmt: skip
     return figure
-
-
-def colours(arms: Mapping[str, Any] | Sequence[str], baseline: str | None = None) -> dict[str, str]:
-    """A colour for each arm, the same in every picture: grey for the baseline, if there are others beside it."""
-    names = list(arms)
-    others = [name for name in names if name != baseline or len(names) == 1]
-    return {name: ARMS[others.index(name) % len(ARMS)] if name in others else BASELINE for name in names}
 
 
 def memory_total(memory: Mapping[str, Any]) -> float:
@@ -238,22 +191,6 @@ def bytes_text(count: float) -> str:
 def three_digits(value: float) -> str:
     """Three significant digits, of thousands all: 1.50, 30.0, 411, 1234."""
     return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}" if value else "0"
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib as mpl
-
-    with mpl.rc_context(_STYLE):
-        yield
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width / 96, height / 96), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.06, wspace=0.04, hspace=0.06)
-    return figure
 
 
 def _draw_history(figure: Figure, axes: Any, title: str, unit: str, history: History) -> None:
@@ -411,18 +348,3 @@ def _legend(
         columnspacing=1.6,
         handlelength=1.9,
     )
-
-
-def _clean(text: object) -> str:
-    """Text on one line without characters that no font shows."""
-    return "".join(char if char.isprintable() else " " for char in str(text))
-
-
-def _wrapped(text: object, width: int) -> str:
-    return "\n".join(textwrap.wrap(_clean(text), max((width - 60) // 8, 20), max_lines=2, placeholder=" …"))
-
-
-def _short(text: object, characters: int) -> str:
-    """Without its middle if it is longer: names of arms differ at their ends."""
-    text, half = _clean(text), (characters - 1) // 2
-    return text if len(text) <= characters else f"{text[:half].rstrip()}…{text[-half:].lstrip()}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from salience.core import pictures
+from salience.core import drawing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +22,7 @@ def draw_picked(
     sources: Mapping[str, Sequence[int]],
     examples: Sequence[Mapping[str, Any]] = (),
     *,
-    width: int = pictures.WIDE,
+    width: int = drawing.WIDE,
 ) -> Figure:
     """Draw the scores of kept and dropped documents, the sources, and the first words of documents at both ends.
 
@@ -35,8 +35,8 @@ def draw_picked(
     """
     shown = list(sources.items())[:_MOST_SOURCES]
     heights = [200, 46 + 22 * len(shown)] + ([40 + 17 * len(examples)] if examples else [])
-    with pictures._style():
-        figure = pictures._figure(width, sum(heights) + 30)
+    with drawing.style():
+        figure = drawing.new_figure(width, sum(heights) + 30)
         axes = figure.subplots(len(heights), 1, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
         _histogram(axes[0], values, kept)
         _sources(axes[1], shown, width)
@@ -88,7 +88,7 @@ def _sources(axes: Any, shown: Sequence[tuple[str, Sequence[int]]], width: int) 
         axes.text(1.01, place, f"{kept:,} of {total:,}", va="center", fontsize=8.5)
     axes.set_yticks(places, [_short(name or "(none)", width // 26) for name, _ in shown])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.22 if width > pictures.NARROW else 1.6)
+    axes.set_xlim(0, 1.22 if width > drawing.NARROW else 1.6)
     axes.set_xticks([0, 0.5, 1], ["0", "half", "all"])
     axes.set_title("share kept of each source")
 
@@ -99,7 +99,7 @@ def _examples(axes: Any, examples: Sequence[Mapping[str, Any]], width: int) -> N
     step = 1 / max(1, len(examples))
     for place, one in enumerate(examples):
         line = f"{one['score']:>9.3f}  {_short(one['text'], width // 7 - 16)}"
-        colour = KEPT if one["kept"] else pictures.MUTED
+        colour = KEPT if one["kept"] else drawing.MUTED
         axes.text(
             0, 1 - (place + 0.5) * step, line, va="center", fontsize=8, family="monospace", color=colour,
             transform=axes.transAxes,

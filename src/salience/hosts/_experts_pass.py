@@ -38,6 +38,11 @@ class Routed:
     cosine: Tensor
     experts: int
 
+    def by_expert(self, parts: Tensor) -> Tensor:
+        """What each expert gets of `parts` [T, k], summed over the tokens: [E] fp64."""
+        sums = torch.zeros(self.experts, dtype=torch.float64, device=parts.device)
+        return sums.index_add_(0, self.ids.flatten().long(), parts.double().flatten())
+
 
 Score = Callable[[Routed], Tensor]
 

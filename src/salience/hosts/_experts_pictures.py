@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from salience.core.pictures import MUTED, WIDE, _figure, _style
+from salience.core.drawing import MUTED, WIDE, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,8 +25,8 @@ def draw_experts(scores: Tensor, kept: Tensor, *, width: int = WIDE) -> Figure:
     """
     layers, experts = scores.shape
     shares = (scores / scores.amax(-1, keepdim=True).clamp_min(1e-300)).cpu().numpy()
-    with _style():
-        figure = _figure(width, 96 * min(1.4 + 0.22 * layers, 8.0))
+    with style():
+        figure = new_figure(width, 96 * min(1.4 + 0.22 * layers, 8.0))
         axes = figure.subplots()
         image = axes.imshow(shares, aspect="auto", origin="lower", vmin=0.0, vmax=1.0, cmap="viridis")
         figure.colorbar(image, ax=axes, label="score / best of the layer", pad=0.02)

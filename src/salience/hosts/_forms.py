@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from salience.core.documents import Reading
-from salience.hosts.data import _choose, _is_messages, _is_text
+from salience.hosts.data import choose_columns, is_messages, is_text
 
 
 def chosen(columns: Sequence[str], reading: Reading, name: str = "data") -> dict[str, str]:
@@ -16,7 +16,7 @@ def chosen(columns: Sequence[str], reading: Reading, name: str = "data") -> dict
         ParameterError: if there is none.
     """
     mapped = dict(reading.columns) or ({"text": "text"} if "text" in columns else {})
-    found = _choose(list(columns), mapped, name)
+    found = choose_columns(list(columns), mapped, name)
     return {ours: theirs for ours, theirs in found.items() if ours != "label"}
 
 
@@ -29,7 +29,7 @@ def wrong(values: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
     """
     for ours, theirs in columns.items():
         value = values.get(theirs)
-        if not (_is_messages(value) if ours == "messages" else _is_text(value)):
+        if not (is_messages(value) if ours == "messages" else is_text(value)):
             shown = "nothing" if value is None else repr(value)[:60]
             wanted = "a conversation" if ours == "messages" else "text"
             return f"{wanted} in column {theirs}, got {shown}"

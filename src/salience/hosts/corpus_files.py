@@ -31,10 +31,10 @@ def open_source(source: str | Path, reading: Reading, *, split: str = "train") -
     Raises:
         ParameterError: if there is nothing of that name or kind, or files of several kinds.
     """
-    from salience.hosts.data import _is_path, load_table
+    from salience.hosts._data_reading import is_path, load_table
 
     path = Path(source).expanduser()
-    if not path.exists() and not isinstance(source, Path) and not _is_path(str(source)):
+    if not path.exists() and not isinstance(source, Path) and not is_path(str(source)):
         return open_corpus(load_table(str(source), split), reading)
     if not path.exists():
         raise ParameterError(f"data must be an existing file, folder or datasets name, got {source}")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from salience.core.drawing import WIDE
 from salience.core.errors import ConflictError
 from salience.core.overlays import DROPPED, KEPT, MERGED, Stage, draw_kept
-from salience.core.pictures import WIDE
 from salience.hosts.image_grid import boxes, put_together, views
 
 if TYPE_CHECKING:

@@ -49,12 +49,12 @@ class Pictured:
         Raises:
             ParameterError: for a row without prompt and answer, or one that the processor does not take.
         """
-        from salience.hosts.seeing import _text
+        from salience.hosts.seeing import prompt_text
 
         pairs = [self._pair(row) for row in rows]
         try:
             made = self._processor(
-                text=[_text(self._processor, prompt, 1) for prompt, _ in pairs],
+                text=[prompt_text(self._processor, prompt, 1) for prompt, _ in pairs],
                 images=[self._image(row) for row in rows],
                 padding=True,
                 return_tensors="pt",

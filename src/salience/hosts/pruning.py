@@ -12,7 +12,6 @@ its last surviving token.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from salience.core.attach import Attachment
 from salience.core.errors import ConflictError, StructureError, require
 from salience.core.part import Part
+from salience.hosts._pruned_prompts import Prompt, Segment, Tally
 from salience.hosts.attention import AttentionCall, ask, observe
 from salience.hosts.choices import Choice, Decide, Stage, View
 from salience.hosts.encoder import Encoder
@@ -34,38 +34,6 @@ from salience.hosts.sequences import (
     rows_at,
 )
 from salience.hosts.vision import VisionLanguage, cache_of, vision_language
-
-
-@dataclass
-class _Segment:
-    """Layers that see the same tokens: from `first` up to the next segment."""
-
-    first: int
-    valid: Tensor
-    vision: Tensor
-    source: Tensor
-    positions: Any
-    mask: Any = None
-
-
-@dataclass
-class _Prompt:
-    """A prompt that was read, and what each layer's cache holds of it."""
-
-    valid: Tensor
-    vision: Tensor
-    labels: Tensor | None
-    inputs: Mapping[str, Any]
-    segments: list[_Segment] = field(default_factory=list)
-    stages: list[Stage] = field(default_factory=list)
-    reading: bool = True
-    # the tokens of the step that runs now, and the segments that are ready for it
-    fresh: Tensor = field(default_factory=lambda: torch.empty(0))
-    ready: set[int] = field(default_factory=set)
-
-    def segment(self, layer: int) -> _Segment | None:
-        return next((one for one in reversed(self.segments) if one.first <= layer), None)
-
 
 _PIXELS = ("pixel_values", "pixel_values_videos")
 
@@ -90,10 +58,9 @@ class Pruning(Part):
         self._decide: dict[int, Decide] = {}
         self._renumber = renumber
         self._labels: Tensor | None = None
-        self._now: _Prompt | None = None
-        self._prompts: WeakKeyDictionary[Any, _Prompt] = WeakKeyDictionary()
-        self._counts = {"prompts": 0, "image tokens": 0, "token-layers": 0, "spent": 0, "kv": 0, "kv full": 0}
-        self._kept: dict[int, int] = {}
+        self._now: Prompt | None = None
+        self._prompts: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()
+        self._tally = Tally()
 
     # --- what a method may ask while a prompt is read ---------------------------------------------------------
 
@@ -124,7 +91,7 @@ class Pruning(Part):
         """Register the hooks: on the whole model, its core, every layer from the first decision on, the decoder."""
         found = self.found
         self._decide = dict(sorted(decide.items()))
-        self._kept = dict.fromkeys(self._decide, 0)
+        self._tally.kept = dict.fromkeys(self._decide, 0)
         if model is not found.core:
             record.hook(model.register_forward_pre_hook(self._labelled, with_kwargs=True))
         record.hook(found.core.register_forward_pre_hook(self._entered, with_kwargs=True))
@@ -169,9 +136,9 @@ class Pruning(Part):
         valid = valid.bool()
         require(bool(valid.any(-1).all()), "attention_mask", "1 somewhere in each row", "a row of padding")
         # pixels of a plain forward are noted only when they are encoded, after this
-        self._now = _Prompt(valid, vision & valid, labels, {**kwargs, "input_ids": ids})
+        self._now = Prompt(valid, vision & valid, labels, {**kwargs, "input_ids": ids})
 
-    def _resume(self, cache: Any, vision: Tensor, given: Tensor | None, pictured: bool) -> _Prompt | None:
+    def _resume(self, cache: Any, vision: Tensor, given: Tensor | None, pictured: bool) -> Prompt | None:
         # an image id alone is a word that the model wrote
         if pictured and bool(vision.any()):
             raise ConflictError(
@@ -229,7 +196,7 @@ class Pruning(Part):
             return (hidden, *args[1:]), changed
         return args, changed | {"hidden_states": hidden}
 
-    def _reduce(self, index: int, now: _Prompt, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _reduce(self, index: int, now: Prompt, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         valid, vision, source = self.places
         positions = now.segments[-1].positions if now.segments else kwargs["position_embeddings"]
         layer = self.found.layers[index]
@@ -248,7 +215,7 @@ class Pruning(Part):
         if choice.order is None and choice.hidden is None and bool((keep == valid).all()):
             return hidden
         order, kept = gathering(keep, choice.order, left=not bool((now.valid & ~now.valid[:, -1:]).any()))
-        segment = _Segment(index, kept, vision.gather(1, order) & kept, source.gather(1, order), None)
+        segment = Segment(index, kept, vision.gather(1, order) & kept, source.gather(1, order), None)
         hidden = rows_at(hidden, order)
         if self._renumber:
             segment.positions = self._rotary(hidden, renumbered(kept))
@@ -257,7 +224,7 @@ class Pruning(Part):
         now.segments.append(segment)
         return hidden
 
-    def _inputs(self, now: _Prompt) -> dict[str, Any]:
+    def _inputs(self, now: Prompt) -> dict[str, Any]:
         """The prompt and its pictures, each once."""
         return {
             **now.inputs,
@@ -265,7 +232,7 @@ class Pruning(Part):
             "input_ids": self.encoder.own_rows(now.inputs["input_ids"]),
         }
 
-    def _continue(self, segment: _Segment, fresh: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def _continue(self, segment: Segment, fresh: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """The next tokens join a segment: its mask grows, and positions go on where its own ended."""
         segment.valid = torch.cat((segment.valid, fresh), -1)
         segment.positions = kwargs["position_embeddings"]
@@ -273,7 +240,7 @@ class Pruning(Part):
             places = renumbered(segment.valid)[:, -hidden.shape[1] :]
             segment.positions = self._rotary(hidden, places)
 
-    def _mask(self, segment: _Segment, hidden: Tensor, cache: Any, index: int) -> Any:
+    def _mask(self, segment: Segment, hidden: Tensor, cache: Any, index: int) -> Any:
         from transformers.masking_utils import create_causal_mask
 
         return create_causal_mask(
@@ -302,7 +269,7 @@ class Pruning(Part):
         now.reading = False
         self.stages, self.prompt = now.stages, self._inputs(now)
         cache = output.get("cache", output.get("past_key_values")) if isinstance(output, dict) else None
-        self._count(now, cache)
+        self._tally.add(now, len(self.found.layers), cache)
         if not now.segments:
             return None
         if cache is not None:
@@ -324,7 +291,7 @@ class Pruning(Part):
 
     # --- the record ---------------------------------------------------------------------------------------------
 
-    def _note(self, index: int, now: _Prompt, source: Tensor, kept: Tensor, choice: Choice) -> None:
+    def _note(self, index: int, now: Prompt, source: Tensor, kept: Tensor, choice: Choice) -> None:
         def scattered(values: Tensor, empty: float | bool) -> Tensor:
             full = values.new_full(now.valid.shape, empty)
             here, _, _ = self.places
@@ -335,21 +302,7 @@ class Pruning(Part):
         if choice.scores is not None:
             scores = scattered(choice.scores.float().masked_fill(~self.places[1], torch.nan), torch.nan)
         now.stages.append(Stage(index, scattered(kept, False), scattered(merged, False), scores))
-        self._kept[index] += int(kept.sum())
-
-    def _count(self, now: _Prompt, cache: Any) -> None:
-        layers, images = len(self.found.layers), int(now.vision.sum())
-        spent = sum(images if (s := now.segment(i)) is None else int(s.vision.sum()) for i in range(layers))
-        counts = self._counts
-        counts["prompts"] += int(now.vision.any(-1).sum())
-        counts["image tokens"] += images
-        counts["token-layers"] += images * layers
-        counts["spent"] += spent
-        if cache is not None and now.segments:
-            held = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
-            rows = [layer.keys.shape[-2] for layer in cache.layers]
-            counts["kv"] += sum(held)
-            counts["kv full"] += sum(h // r * now.valid.shape[1] for h, r in zip(held, rows, strict=True))
+        self._tally.kept[index] += int(kept.sum())
 
     def draw(self) -> Any:
         from salience.hosts.kept_pictures import draw, kept_pictures
@@ -360,15 +313,8 @@ class Pruning(Part):
         return {f"layer {s.layer}": s.scores.cpu() for s in self.stages if s.scores is not None}
 
     def spent(self) -> dict[str, Any]:
-        counts = self._counts
-        if not counts["prompts"]:
-            return {}
-        shown: dict[str, Any] = {"prompts": counts["prompts"], "image tokens": counts["image tokens"]}
-        shown |= {f"kept from layer {layer} on": kept for layer, kept in self._kept.items()}
-        shown["share of image token-layers"] = round(counts["spent"] / counts["token-layers"], 4)
-        if counts["kv full"]:
-            shown |= {"KV bytes": counts["kv"], "KV bytes without pruning": counts["kv full"]}
-        return shown | self.notes
+        shown = self._tally.spent()
+        return shown | self.notes if shown else {}
 
 
 def prune(

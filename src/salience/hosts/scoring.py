@@ -17,9 +17,10 @@ from salience.core.documents import Documents, Reading, Scorer
 from salience.core.errors import ParameterError, StructureError
 from salience.core.files import file_atomic
 from salience.core.losses import IGNORE
+from salience.hosts._data_encoding import Encoder
 from salience.hosts._forms import chosen, wrong
 from salience.hosts.corpus import Corpus, Row, Shard, named
-from salience.hosts.data import QUESTION_TEMPLATE, _Encoder, _fill
+from salience.hosts.data import QUESTION_TEMPLATE, fill_template
 
 OWN = (
     "number",
@@ -57,7 +58,7 @@ class ShardScorer:
         self._id, self._source = named(self.corpus.columns, self.reading)
         encoder = self.tokenizer is not None and "text" not in self._columns
         self._encoder = (
-            _Encoder(self.tokenizer, chat=bool(self.tokenizer.chat_template), name="data")
+            Encoder(self.tokenizer, chat=bool(self.tokenizer.chat_template), name="data")
             if (encoder)
             else None
         )
@@ -128,7 +129,7 @@ class ShardScorer:
             ids = self.tokenizer(columns["text"], verbose=False)["input_ids"] if rows else []
             return ids, ids, characters
         if "question" in columns:
-            columns = _fill(columns, QUESTION_TEMPLATE)
+            columns = fill_template(columns, QUESTION_TEMPLATE)
         pairs = self._encoder.encode(columns, 0) if rows else []
         return [ids for ids, _ in pairs], [labels for _, labels in pairs], characters
 

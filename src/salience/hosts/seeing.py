@@ -149,7 +149,7 @@ def ask_about(
     found = vision_language(model)
     require(len(pictures) > 0, "image", "given at least once", len(pictures))
     require(bool(prompt.strip()), "prompt", "a text", prompt)
-    text = _text(processor, prompt, len(pictures))
+    text = prompt_text(processor, prompt, len(pictures))
     settings: dict[str, Any] = {}
     start = processor.tokenizer.bos_token
     if start is not None and text.startswith(start):
@@ -243,7 +243,7 @@ def prefill_seconds(
     return seconds
 
 
-def _text(processor: Any, prompt: str, count: int) -> str:
+def prompt_text(processor: Any, prompt: str, count: int) -> str:
     tokenizer = processor.tokenizer
     named = getattr(processor, "image_token", None) or getattr(tokenizer, "image_token", None)
     token = named if isinstance(named, str) else ""

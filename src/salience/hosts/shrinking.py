@@ -20,13 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import set_seed
 
-from salience.core import pictures
+from salience.core import drawing, pictures
 from salience.core.files import folder_atomic, write_json_atomic
 from salience.core.pictures import as_svg
 from salience.core.spec import describe_method
-from salience.hosts import tuning
-from salience.hosts.resume import last_checkpoint
-from salience.hosts.tuning import Arm, Progress, Stopped, Task
+from salience.hosts.arms import Arm, Progress, Task, check_arm, train_arm
 from salience.verb import Focus, focus
 
 Batches = Sequence[dict[str, Tensor]]
@@ -57,7 +55,7 @@ def check(arm: Arm, task: Task, batches: Batches) -> None:
     if trains(arm):
         # a Trainer makes its folder at once, and what is refused must leave none
         with tempfile.TemporaryDirectory() as scratch:
-            tuning.check_arm(arm, task, Path(scratch))
+            check_arm(arm, task, Path(scratch))
         return
     model, _ = task.make()
     focus(model, arm.methods, data=list(batches[:1])).undo()
@@ -99,9 +97,11 @@ def run(
     model, tokenizer = task.make()
     started = time.perf_counter()
     if trains(arm):
-        handle, seconds, trainer = _train(arm, task, model, home, folder, progress, stop)
+        trainer, trained = train_arm(arm, task, model, folder, progress, stop)
+        assert trained is not None  # an arm has methods
+        handle = trained
     else:
-        handle, trainer = focus(model, arm.methods, data=list(batches)), None
+        trainer, handle = None, focus(model, arm.methods, data=list(batches))
     handle.finish()
     spent = json.loads(json.dumps(handle.spent, default=str))
     drawn = _pictures(handle, arm.name)
@@ -109,6 +109,7 @@ def run(
     if trainer is None:
         seconds = time.perf_counter() - started
     else:
+        seconds = trainer.meters.seconds
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         if hasattr(model, "merge_and_unload"):
             model = model.merge_and_unload()
@@ -137,24 +138,6 @@ def run(
     for checkpoint in home.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return result
-
-
-def _train(
-    arm: Arm, task: Task, model: Any, home: Path, folder: Path, progress: Progress, stop: Callable[[], bool]
-) -> tuple[Focus, float, Any]:
-    if task.lora is not None:
-        model = tuning._with_lora(model, task.lora, arm.methods)
-    trainer, meters = tuning._trainer(arm, task, model, home, folder, progress, stop)
-    handle = focus(trainer, arm.methods)
-    trainer.add_callback(tuning._Seal(meters))
-    resume = last_checkpoint(home, task.steps)
-    tuning._trim_metrics(folder / "metrics.jsonl", arm.name, resume)
-    if resume is not None:
-        meters.__dict__.update(json.loads((resume / "meters.json").read_text(encoding="utf-8")))
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if trainer.state.global_step < task.steps:
-        raise Stopped(arm.name, trainer.state.global_step, task.steps)
-    return handle, sum(meters.step_seconds) + meters.other_seconds, trainer
 
 
 @torch.no_grad()
@@ -190,7 +173,7 @@ def _svg(figure: Any, label: str, salt: str) -> dict[str, str]:
         len({round(axes.get_subplotspec().colspan.start) for axes in figure.axes if axes.get_subplotspec()})
         > 1
     )
-    for name, width in (("wide", pictures.WIDE), ("narrow", pictures.NARROW)):
+    for name, width in (("wide", drawing.WIDE), ("narrow", drawing.NARROW)):
         if name == "narrow" and beside:
             shown[name] = ""
             continue

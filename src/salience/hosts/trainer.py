@@ -23,10 +23,10 @@ from torch import Tensor
 from salience.core import distributed
 from salience.core.attach import Attachment
 from salience.core.errors import ConflictError, ParameterError
-from salience.core.loop import Loop
+from salience.core.loop import Loop, without_labels
 from salience.core.method import Method
 from salience.core.part import Part, Site, State
-from salience.hosts.transformers import loss_kind
+from salience.hosts.transformers import loss_kind, takes_labels
 
 # a `compute_loss` that is defined elsewhere computes a loss of its own, which weights would silently replace
 _KNOWN_LOSSES = ("transformers.trainer", "trl.trainer.sft_trainer")
@@ -44,12 +44,23 @@ def attach_to_trainer(trainer: Any, methods: Sequence[Method], record: Attachmen
             "trainer must be focused once with a list of methods, got a Trainer already focused"
         )
     model = trainer.accelerator.unwrap_model(trainer.model)
-    shifted = loss_kind(model) == "causal"
+    own_loss = takes_labels(model)
+    # a plain module has no configuration that would say how its labels meet its logits: row by row
+    shifted = hasattr(model, "config") and loss_kind(model) == "causal"
     site = Site(model, seed=trainer.args.seed, shifted=shifted, trainer=trainer, data=data)
     parts = [method.attach_trainer(site, record) for method in methods]
     smoother = getattr(trainer, "label_smoother", None)
     smoothing = smoother.epsilon if smoother is not None else 0.0
-    loop = TrainerLoop(trainer, model, parts, shifted=shifted, smoothing=smoothing, record=record, data=data)
+    loop = TrainerLoop(
+        trainer,
+        model,
+        parts,
+        shifted=shifted,
+        smoothing=smoothing,
+        record=record,
+        data=data,
+        own_loss=own_loss,
+    )
     if loop.weighted:
         _refuse_other_losses(trainer)
     loop.attach()
@@ -194,9 +205,9 @@ class TrainerLoop(Loop):
         )
 
     def _forward_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        if getattr(self.model.config, "is_encoder_decoder", False):
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             return dict(inputs)  # the decoder's inputs are made from the labels
-        return {name: value for name, value in inputs.items() if name != "labels"}
+        return without_labels(inputs)
 
     def _router_loss(self, outputs: Any) -> Tensor | float:
         # a mixture of experts adds its balancing loss only where it computes the loss itself

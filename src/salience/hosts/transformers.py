@@ -13,6 +13,7 @@ for layer in found.layers:
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -59,6 +60,7 @@ __all__ = [
     "layer_index",
     "loss_kind",
     "structure",
+    "takes_labels",
     "unwrap",
 ]
 
@@ -274,6 +276,12 @@ def loss_kind(model: nn.Module) -> LossKind:
     if kind in ("causal", "masked") and is_encoder_decoder(core):
         return "seq2seq"
     return kind
+
+
+def takes_labels(model: nn.Module) -> bool:
+    """Whether a model takes `labels` and so gives its loss itself; a plain module that returns logits does not."""
+    taken = inspect.signature(unwrap(model).forward).parameters
+    return "labels" in taken or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
 
 
 def _stack(core: Place, name: str, found: Place) -> Stack:

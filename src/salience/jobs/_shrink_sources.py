@@ -13,7 +13,7 @@ from torch import Tensor
 
 from salience.core.errors import ParameterError
 from salience.hosts import checkpoints, data
-from salience.jobs import tune
+from salience.jobs import _tune_sources as tuned
 from salience.jobs.recipe import TuneRecipe
 from salience.jobs.shrink_recipe import ShrinkRecipe
 
@@ -59,7 +59,7 @@ def given(recipe: ShrinkRecipe, device: Any, say: Callable[[str], None]) -> Sour
     if recipe.data is None:
         return _without_data(recipe, device, say)
     shared = recipe.model_dump(include=set(TuneRecipe.model_fields) - {"methods", "baseline"})
-    found = tune._given(TuneRecipe(**shared), device, say)
+    found = tuned.given(TuneRecipe(**shared), device, say)
     return _source(found, recipe, _folder(recipe.model, found))
 
 
@@ -70,7 +70,7 @@ def sandbox(recipe: ShrinkRecipe, world: str, say: Callable[[str], None]) -> Sou
         from salience.sandbox.text import text_world
 
         shared = recipe.model_dump(include=set(TuneRecipe.model_fields) - {"methods", "baseline"})
-        found = tune._sandbox(TuneRecipe(**shared), lambda _: None)
+        found = tuned.sandbox(TuneRecipe(**shared), lambda _: None)
         return _source(found, recipe, text_world(size="tiny" if recipe.quick else "small").folder)
     return _mixture(recipe) if world == "mixture" else _text(recipe)
 
@@ -167,7 +167,7 @@ def _without_data(recipe: ShrinkRecipe, device: Any, say: Callable[[str], None])
     return Source(
         make=make,
         folder=_folder(source, None),
-        model=tune._about_model(model, Path(source).name, source),
+        model=tuned.about_model(model, Path(source).name, source),
         quality=None,
         data={},
         tokenizer=tokenizer,
@@ -181,7 +181,7 @@ def _text(recipe: ShrinkRecipe) -> Source:
     tokenizer = world.tokenizer()
     train = _windows(tokenizer, world.train_texts, _PIECES["train"], recipe.seed)
     tests = {"": _windows(tokenizer, world.held_out_texts, min(recipe.eval_samples, _PIECES["test"]), 0)}
-    model = tune._about_model(world.model(), "the sandbox model", "trained in place on Python's own sources")
+    model = tuned.about_model(world.model(), "the sandbox model", "trained in place on Python's own sources")
     about = {
         "name": "Python's own sources",
         "description": f"pieces of {_WINDOW} tokens of files it has not seen",
@@ -197,7 +197,7 @@ def _mixture(recipe: ShrinkRecipe) -> Source:
     train = _windows(tokenizer, world.texts(DOMAINS[0]), _PIECES["train"], recipe.seed)
     count = min(recipe.eval_samples, _PIECES["test"])
     tests = {name: _windows(tokenizer, world.texts(name, held_out=True), count, 0) for name in DOMAINS}
-    model = tune._about_model(
+    model = tuned.about_model(
         world.model(), "the sandbox's mixture of experts", f"trained in place on {', '.join(DOMAINS)}"
     )
     about = {

@@ -249,7 +249,7 @@ def _write(out: Path, result: Mapping[str, Any], kept: Mapping[str, KeptPictures
         return draw(kept, width=width)
 
     if kept:
-        from salience.core.pictures import WIDE
+        from salience.core.drawing import WIDE
 
         image = io.BytesIO()
         figure(WIDE).savefig(image, format="png", dpi=192)

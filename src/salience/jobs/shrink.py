@@ -15,8 +15,9 @@ from salience.core.method import Method
 from salience.core.registry import entries, load
 from salience.core.spec import describe_method, parse_method
 from salience.hosts import checkpoints, data, shrinking
+from salience.hosts.arms import Arm, Progress, Stopped, Task
 from salience.hosts.footprint import TOLERANCE, Checkpoint, measure, stored_dtype
-from salience.hosts.tuning import Arm, Progress, Stopped, Task, check_folder, run_arm
+from salience.hosts.tuning import check_folder, run_arm
 from salience.jobs import _shrink_sources as sources
 from salience.jobs._shrink_sources import Source
 from salience.jobs.shrink_recipe import ShrinkRecipe

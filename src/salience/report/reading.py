@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from salience.core import key_maps, pictures
+from salience.core import drawing, key_maps
 from salience.report import answers, words, write_page
 from salience.report.view import drawn, variable
 
@@ -48,7 +48,7 @@ def build_reading(
 def _page(result: Mapping[str, Any], kept: Mapping[str, Sequence[key_maps.Kept]]) -> dict[str, Any]:
     arms = result["arms"]
     plain = next(iter(arms))
-    paint = {name: variable(colour) for name, colour in pictures.colours(arms, plain).items()}
+    paint = {name: variable(colour) for name, colour in drawing.colours(arms, plain).items()}
     told = {name: arm for name, arm in arms.items() if arm["layers"]}
     return {
         "prompt": result["prompt"],
@@ -90,7 +90,7 @@ def _page(result: Mapping[str, Any], kept: Mapping[str, Sequence[key_maps.Kept]]
     }
 
 
-def share_chart(arms: Arms, depth: int, *, width: int = pictures.WIDE) -> Figure:
+def share_chart(arms: Arms, depth: int, *, width: int = drawing.WIDE) -> Figure:
     """Share of the (query, key) pairs that each layer kept: a line over the heads' mean, a band from least to most.
 
     Args:
@@ -106,12 +106,12 @@ def share_chart(arms: Arms, depth: int, *, width: int = pictures.WIDE) -> Figure
     from matplotlib.ticker import MaxNLocator
 
     plain, *others = arms
-    paint = pictures.colours(arms, plain)
-    narrow = width <= 1.5 * pictures.NARROW
+    paint = drawing.colours(arms, plain)
+    narrow = width <= 1.5 * drawing.NARROW
     columns = 1 if narrow else min(len(others), 2)
     at, most = np.arange(depth), 1.0
-    with pictures._style():
-        figure = pictures._figure(width, 220 + 17 * -(-len(others) // columns))
+    with drawing.style():
+        figure = drawing.new_figure(width, 220 + 17 * -(-len(others) // columns))
         axes = figure.subplots()
         for name in others:
             low, mean, high = (np.full(depth, np.nan) for _ in range(3))
@@ -129,7 +129,7 @@ def share_chart(arms: Arms, depth: int, *, width: int = pictures.WIDE) -> Figure
                 "marker": "o",
                 "markersize": 4 if depth <= 48 else 0,
             }
-            axes.plot(at, mean, label=pictures._short(name, width // (8 * columns) - 6), **style)
+            axes.plot(at, mean, label=drawing.short(name, width // (8 * columns) - 6), **style)
             axes.fill_between(at, low, high, color=paint[name], alpha=0.16, linewidth=0)
         axes.set_xlim(-0.5, depth - 0.5)
         axes.set_ylim(0, 1.06 * most)
@@ -143,7 +143,7 @@ def share_chart(arms: Arms, depth: int, *, width: int = pictures.WIDE) -> Figure
     return figure
 
 
-def time_bars(arms: Arms, *, width: int = pictures.WIDE) -> Figure:
+def time_bars(arms: Arms, *, width: int = drawing.WIDE) -> Figure:
     """Time to the first token, one stacked bar for each arm: the parts of `PARTS`.
 
     Args:
@@ -153,12 +153,12 @@ def time_bars(arms: Arms, *, width: int = pictures.WIDE) -> Figure:
     Returns:
         Figure: one panel.
     """
-    paint = pictures.colours(arms, next(iter(arms)))
+    paint = drawing.colours(arms, next(iter(arms)))
     totals = [sum(arm["seconds"].values()) for arm in arms.values()]
     unit, size = ("ms", 1e-3) if max(totals) < 1 else ("s", 1.0) if max(totals) < 180 else ("min", 60.0)
-    narrow = width <= 1.5 * pictures.NARROW
-    with pictures._style():
-        figure = pictures._figure(width, 54 * len(arms) + (118 if narrow else 84))
+    narrow = width <= 1.5 * drawing.NARROW
+    with drawing.style():
+        figure = drawing.new_figure(width, 54 * len(arms) + (118 if narrow else 84))
         axes = figure.subplots()
         for place, (name, arm) in enumerate(arms.items()):
             start = 0.0
@@ -171,13 +171,13 @@ def time_bars(arms: Arms, *, width: int = pictures.WIDE) -> Figure:
                     0.42,
                     start,
                     color=colour,
-                    edgecolor=pictures.PAPER,
+                    edgecolor=drawing.PAPER,
                     linewidth=0.8,
                     label=shown,
                 )
                 start += part
             ink = {"color": paint[name], "fontweight": "bold"}
-            axes.text(0, place - 0.28, pictures._short(name, width // 8), va="bottom", **ink)
+            axes.text(0, place - 0.28, drawing.short(name, width // 8), va="bottom", **ink)
             text = words.seconds_text(start * size)
             axes.annotate(text, (start, place), (5, 0), textcoords="offset points", va="center")
         axes.set_ylim(len(arms) - 0.65, -0.75)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from salience.core import pictures
+from salience.core import drawing
 from salience.core.pictures import bytes_text
 from salience.report import answers, words, write_page
 from salience.report.view import drawn, variable
@@ -44,7 +44,7 @@ def tokens_steps(counts: list[int]) -> list[tuple[int, int]]:
 def _page(result: Mapping[str, Any], kept: Callable[[int], Figure] | None) -> dict[str, Any]:
     arms = result["arms"]
     plain = next(iter(arms))
-    paint = {name: variable(colour) for name, colour in pictures.colours(arms, plain).items()}
+    paint = {name: variable(colour) for name, colour in drawing.colours(arms, plain).items()}
     chart = drawn(lambda width: layer_chart(arms, width=width), "image tokens in each layer", "layers")
     shown = drawn(kept, "the pictures, and what each method kept of them", "kept") if kept else None
     return {
@@ -69,7 +69,7 @@ def _page(result: Mapping[str, Any], kept: Callable[[int], Figure] | None) -> di
     }
 
 
-def layer_chart(arms: Arms, *, width: int = pictures.WIDE) -> Figure:
+def layer_chart(arms: Arms, *, width: int = drawing.WIDE) -> Figure:
     """Image tokens that each layer computed, one line an arm.
 
     Args:
@@ -82,11 +82,11 @@ def layer_chart(arms: Arms, *, width: int = pictures.WIDE) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     plain = next(iter(arms))
-    paint = pictures.colours(arms, plain)
-    narrow = width <= 1.5 * pictures.NARROW
+    paint = drawing.colours(arms, plain)
+    narrow = width <= 1.5 * drawing.NARROW
     columns = 1 if narrow else min(len(arms), 3)
-    with pictures._style():
-        figure = pictures._figure(width, 190 + 17 * -(-len(arms) // columns))
+    with drawing.style():
+        figure = drawing.new_figure(width, 190 + 17 * -(-len(arms) // columns))
         axes = figure.subplots()
         for name, arm in arms.items():
             counts = arm["image_tokens"]
@@ -97,7 +97,7 @@ def layer_chart(arms: Arms, *, width: int = pictures.WIDE) -> Figure:
                 color=paint[name],
                 linewidth=1.6 if name == plain else 2.2,
                 linestyle=(0, (4, 1.6)) if name == plain and len(arms) > 1 else "-",
-                label=pictures._short(name, width // 8 - 6),
+                label=drawing.short(name, width // 8 - 6),
             )
         depth = len(arms[plain]["image_tokens"])
         axes.set_xlim(-0.5, depth - 0.5)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import quantiles
 from typing import TYPE_CHECKING, Any
 
-from salience.core import pictures
+from salience.core import drawing
 from salience.core.errors import ParameterError, first_line
 from salience.core.pictures import bytes_text
 from salience.report import words, write_page
@@ -74,7 +74,7 @@ def page(folder: Path) -> dict[str, Any]:
     result, recipe = _read(folder / "result.json"), _read(folder / "recipe.json")
     arms, first = result["arms"], result["untouched"]
     others = [name for name in arms if name != first]
-    paint = {name: variable(colour) for name, colour in pictures.colours(arms, first).items()}
+    paint = {name: variable(colour) for name, colour in drawing.colours(arms, first).items()}
     sentences = [words.tied(headline(result, name)) for name in others]
     return {
         "title": result["title"],
@@ -159,7 +159,7 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return shown
 
 
-def share_bars(result: Mapping[str, Any], *, width: int = pictures.WIDE) -> Figure:
+def share_bars(result: Mapping[str, Any], *, width: int = drawing.WIDE) -> Figure:
     """What is left of the untouched model's size and memory, and how many times as fast each is.
 
     Args:
@@ -170,29 +170,29 @@ def share_bars(result: Mapping[str, Any], *, width: int = pictures.WIDE) -> Figu
         Figure: one panel, a group of bars for each figure; the dashed line is the untouched model.
     """
     arms, first = result["arms"], result["untouched"]
-    paint = pictures.colours(arms, first)
+    paint = drawing.colours(arms, first)
     others = [name for name in arms if name != first]
     shown = [(key, name) for key, name, *_ in _ROWS if all(arm[key] for arm in arms.values())]
     high = 0.8 / len(others)
-    narrow = width <= 1.5 * pictures.NARROW
+    narrow = width <= 1.5 * drawing.NARROW
     columns = 1 if narrow else min(len(others), 3)
-    with pictures._style():
-        figure = pictures._figure(
+    with drawing.style():
+        figure = drawing.new_figure(
             width, 70 + (22 + 18 * len(others)) * len(shown) + 17 * -(-len(others) // columns)
         )
         axes = figure.subplots()
         for place, name in enumerate(others):
             shares = [arms[name][key] / arms[first][key] for key, _ in shown]
             at = [row - 0.4 + high * (place + 0.5) for row in range(len(shown))]
-            label = pictures._short(arms[name]["label"], width // 8 - 6)
+            label = drawing.short(arms[name]["label"], width // 8 - 6)
             axes.barh(at, shares, 0.86 * high, color=paint[name], label=label)
             for y, share in zip(at, shares):
                 inside = share > 0.25
                 axes.annotate(
                     f"{share:.2f}×", (share, y), (-5 if inside else 5, 0), textcoords="offset points", va="center",
-                    ha="right" if inside else "left", fontsize=9, color=pictures.PAPER if inside else pictures.INK,
+                    ha="right" if inside else "left", fontsize=9, color=drawing.PAPER if inside else drawing.INK,
                 )  # fmt: skip
-        axes.axvline(1, color=pictures.MUTED, linewidth=1.2, linestyle=(0, (4, 1.6)))
+        axes.axvline(1, color=drawing.MUTED, linewidth=1.2, linestyle=(0, (4, 1.6)))
         axes.set_yticks(range(len(shown)), [name for _, name in shown])
         axes.set_ylim(len(shown) - 0.4, -0.6)
         most = max(arms[name][key] / arms[first][key] for name in others for key, _ in shown)

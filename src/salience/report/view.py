@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from salience.core import pictures
+from salience.core import drawing, pictures
 from salience.core.errors import ParameterError
 from salience.core.pictures import bytes_text, memory_total
 from salience.report import words
@@ -18,13 +18,13 @@ from salience.report.read import Recorded, Run
 _SHOWN_SAMPLES = 6
 # colours of the pictures that the page sets anew for dark screens
 _THEME = {
-    pictures.INK: "--ink",
-    pictures.MUTED: "--muted",
-    pictures.GRID: "--line",
-    pictures.PAPER: "--paper",
-    pictures.BASELINE: "--base",
+    drawing.INK: "--ink",
+    drawing.MUTED: "--muted",
+    drawing.GRID: "--line",
+    drawing.PAPER: "--paper",
+    drawing.BASELINE: "--base",
     pictures.MEMORY[0][2]: "--parameters",
-    pictures.ARMS[0]: "--arm-0",
+    drawing.ARMS[0]: "--arm-0",
 }
 Arms = Mapping[str, Mapping[str, Any]]
 
@@ -166,7 +166,7 @@ def _cell(text: str, **more: Any) -> dict[str, Any]:
 
 
 def _columns(arms: Arms, baseline: str | None) -> list[dict[str, Any]]:
-    paint = pictures.colours(arms, baseline)
+    paint = drawing.colours(arms, baseline)
     return [
         {"label": arm["label"], "colour": variable(paint[name]), "baseline": name == baseline}
         for name, arm in arms.items()
@@ -277,7 +277,7 @@ def variable(colour: str) -> str:
 def drawn(draw: Callable[[int], Any], label: str, salt: str) -> dict[str, str]:
     """The same picture for a page and for a phone, its neutral colours left to the page's theme."""
     shown = {}
-    for name, width in (("wide", pictures.WIDE), ("narrow", pictures.NARROW)):
+    for name, width in (("wide", drawing.WIDE), ("narrow", drawing.NARROW)):
         svg = pictures.as_svg(draw(width), label=label, salt=f"{salt}-{name}")
         for colour, variable in _THEME.items():
             svg = svg.replace(f": {colour}", f": var({variable})")

@@ -141,9 +141,9 @@ def load(seed: int = 0, quick: bool = False) -> tuple[Any, Any]:
 
 def new_tokenizer(vocabulary: int = Recipe.vocabulary) -> PreTrainedTokenizerFast:
     """Byte pairs of documents, the same for every seed; <bos> stands before a text."""
-    from salience.sandbox.text import _train_tokenizer
+    from salience.sandbox._language import train_tokenizer
 
-    tokenizer = _train_tokenizer([one.text for one in documents(1500, _TRAINING_SEED)], vocabulary)
+    tokenizer = train_tokenizer([one.text for one in documents(1500, _TRAINING_SEED)], vocabulary)
     tokenizer.model_max_length = POSITIONS
     return tokenizer
 
@@ -227,20 +227,20 @@ _NOTICES = (
 
 @lru_cache(maxsize=1)
 def _sources() -> list[str]:
-    from salience.sandbox.text import _texts
+    from salience.sandbox._language import library_texts
 
-    return _texts(held_out=False)
+    return library_texts(held_out=False)
 
 
 def _make(place: Path, recipe: Recipe, seed: int, progress: bool | None) -> None:
     from salience.sandbox._corpus_training import new_model, train
+    from salience.sandbox._language import bar
     from salience.sandbox.needles import _training
-    from salience.sandbox.text import _bar
 
     started = time.perf_counter()
     texts = [one.text for one in documents(_TRAINED_ON, _TRAINING_SEED + seed)]
     tokenizer = new_tokenizer(recipe.vocabulary)
-    with _training(), _bar("training a model to read documents in place", recipe.steps, progress) as advance:
+    with _training(), bar("training a model to read documents in place", recipe.steps, progress) as advance:
         model = new_model(recipe, tokenizer, POSITIONS, seed)
         losses = train(model, tokenizer(texts, verbose=False)["input_ids"], recipe, seed, advance)
     about = {

@@ -17,10 +17,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from salience.core.errors import require
-from salience.sandbox import text
+from salience.sandbox._language import (
+    LanguageWorld,
+    Size,
+    bar,
+    library_texts,
+    rate_factor,
+    seeded,
+    stream,
+    train_tokenizer,
+)
 from salience.sandbox.cache import cached
 from salience.sandbox.tasks import BASE_TASKS, questions
 
@@ -28,10 +37,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-Size = Literal["small", "tiny"]
 DOMAINS = ("code", "prose", "tasks")
 
-_VERSION = 1  # of everything below that decides what the checkpoint holds
+_VERSION = 1  # of everything below and in `_language` that decides what the checkpoint holds
 _TASK_LINES = 40  # in one text
 _TASK_TEXTS = {False: 600, True: 40}  # for training, held out
 _SHORTEST = 200  # characters of a topic
@@ -64,18 +72,8 @@ _RECIPES: dict[str, _Recipe] = {
 
 
 @dataclass(frozen=True)
-class MixtureWorld:
-    """A trained mixture of experts with its tokenizer and texts.
-
-    Attributes:
-        folder (Path): an ordinary checkpoint: config, weights, tokenizer, and about.json. To be read only.
-        size (str): "small" or "tiny".
-        seed (int): what the model was trained with.
-    """
-
-    folder: Path
-    size: Size
-    seed: int
+class MixtureWorld(LanguageWorld):
+    """A trained mixture of experts with its tokenizer and texts."""
 
     def model(self) -> PreTrainedModel:
         """A fresh copy of the trained model, in float32 on the CPU, in eval mode."""
@@ -83,13 +81,6 @@ class MixtureWorld:
 
         model: PreTrainedModel = Qwen2MoeForCausalLM.from_pretrained(self.folder)
         return model
-
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """A fresh copy of the tokenizer. It puts <bos> before a text and pads on the right."""
-        from transformers import PreTrainedTokenizerFast
-
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(self.folder)
-        return tokenizer
 
     def texts(self, domain: str, *, held_out: bool = False) -> list[str]:
         """Texts of one of `DOMAINS`: those that the model was trained on, or others.
@@ -104,7 +95,7 @@ class MixtureWorld:
         """The tokens of a domain's texts with an end token after each: [N] int64, made once."""
         key = (domain, held_out)
         if key not in self._streams:
-            self._streams[key] = _stream(self.tokenizer(), self.texts(domain, held_out=held_out))
+            self._streams[key] = stream(self.tokenizer(), self.texts(domain, held_out=held_out))
         return self._streams[key]
 
     @cached_property
@@ -126,16 +117,10 @@ class MixtureWorld:
         import torch
 
         require(rows >= 1, "rows", ">= 1", rows)
-        stream = self.stream(domain)
-        starts = torch.randint(len(stream) - window, (rows,), generator=torch.Generator().manual_seed(seed))
-        pieces = stream[starts[:, None] + torch.arange(window)]
+        tokens = self.stream(domain)
+        starts = torch.randint(len(tokens) - window, (rows,), generator=torch.Generator().manual_seed(seed))
+        pieces = tokens[starts[:, None] + torch.arange(window)]
         return [{"input_ids": few, "attention_mask": torch.ones_like(few)} for few in pieces.split(16)]
-
-    @cached_property
-    def about(self) -> dict[str, Any]:
-        """Recipe and result: parameters, steps, seconds, held_out_loss by domain ..."""
-        about: dict[str, Any] = json.loads((self.folder / "about.json").read_text(encoding="utf-8"))
-        return about
 
 
 def mixture_world(*, size: Size = "small", seed: int = 0, progress: bool | None = None) -> MixtureWorld:
@@ -167,11 +152,11 @@ def _make(folder: Path, recipe: _Recipe, files: int, seed: int, progress: bool |
     texts = {domain: _texts(domain, files, held_out=False) for domain in DOMAINS}
     # all domains are read by one vocabulary, learnt from equally many characters of each
     least = min(sum(map(len, few)) for few in texts.values())
-    tokenizer = text._train_tokenizer(
+    tokenizer = train_tokenizer(
         list(itertools.chain.from_iterable(_first(few, least) for few in texts.values())), recipe.vocabulary
     )
     model = _new_model(recipe, tokenizer, seed)
-    _train(model, [_stream(tokenizer, few) for few in texts.values()], recipe, seed, progress)
+    _train(model, [stream(tokenizer, few) for few in texts.values()], recipe, seed, progress)
     about = {
         **asdict(recipe),
         "seed": seed,
@@ -188,7 +173,7 @@ def _make(folder: Path, recipe: _Recipe, files: int, seed: int, progress: bool |
 
 def _texts(domain: str, files: int, *, held_out: bool) -> list[str]:
     if domain == "code":
-        every = text._texts(held_out=held_out)
+        every = library_texts(held_out=held_out)
         return every if held_out else every[:: max(len(every) // files, 1)]
     if domain == "prose":
         return _topics(held_out)
@@ -223,14 +208,7 @@ def _first(texts: Sequence[str], characters: int) -> list[str]:
     return [one for one, end in zip(texts, ends) if end - len(one) < characters]
 
 
-def _stream(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
-    import torch
-
-    return torch.tensor(list(itertools.chain.from_iterable(text._with_end(tokenizer, texts))))
-
-
 def _new_model(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
-    import torch
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     config = Qwen2MoeConfig(
@@ -252,9 +230,7 @@ def _new_model(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        # not torch.manual_seed, which would move the states of GPUs as well
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         return Qwen2MoeForCausalLM(config)
 
 
@@ -267,17 +243,17 @@ def _train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.01)
     places = torch.arange(recipe.window)
     model.train()
-    with text._bar(f"training a {recipe.layers}-layer mixture in place", recipe.steps, progress) as advance:
+    with bar(f"training a {recipe.layers}-layer mixture in place", recipe.steps, progress) as advance:
         for step in range(recipe.steps):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.rate * text._factor(step, recipe.steps)
+                group["lr"] = recipe.rate * rate_factor(step, recipe.steps)
             rows = torch.cat(
                 [
-                    stream[
-                        torch.randint(len(stream) - recipe.window, (recipe.rows, 1), generator=generator)
+                    tokens[
+                        torch.randint(len(tokens) - recipe.window, (recipe.rows, 1), generator=generator)
                         + places
                     ]
-                    for stream in streams
+                    for tokens in streams
                 ]
             )
             model(input_ids=rows, labels=rows, use_cache=False, output_router_logits=True).loss.backward()

@@ -230,11 +230,11 @@ def _training() -> Iterator[None]:
 
 
 def _make(place: Path, recipe: Recipe, seed: int, progress: bool | None) -> None:
+    from salience.sandbox._language import bar
     from salience.sandbox._needles_training import new_model, new_tokenizer, train
-    from salience.sandbox.text import _bar
 
     started, processors_started = time.perf_counter(), time.process_time()
-    with _training(), _bar("training a model to find notes in place", recipe.steps, progress) as advance:
+    with _training(), bar("training a model to find notes in place", recipe.steps, progress) as advance:
         model = new_model(recipe, seed)
         train(model, recipe, seed, advance)
     about = {

@@ -7,36 +7,36 @@ the models that papers tune, it knows its language and how to follow a format be
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import random
-import string
-import sysconfig
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from salience.core.errors import SalienceError, require
+from salience.core.errors import require
+from salience.sandbox._language import (
+    LanguageWorld,
+    Size,
+    bar,
+    library_texts,
+    rate_factor,
+    seeded,
+    stream,
+    train_tokenizer,
+    with_end,
+)
 from salience.sandbox.cache import cached
-from salience.sandbox.tasks import BASE_TASKS, TUNING_TASKS, Question, questions
+from salience.sandbox.tasks import BASE_TASKS, Question, questions
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-Size = Literal["small", "tiny"]
-
-_VERSION = 1  # of everything below that decides what the checkpoint holds
-_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-_FILE_BYTES = (500, 60_000)
-_WARMUP_STEPS = 20
-_DECAY_SHARE = 0.4
+_VERSION = 1  # of everything below and in `_language` that decides what the checkpoint holds
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,8 @@ _RECIPES: dict[str, _Recipe] = {
 
 
 @dataclass(frozen=True)
-class TextWorld:
-    """A trained model with its tokenizer and texts.
-
-    Attributes:
-        folder (Path): an ordinary checkpoint: config, weights, tokenizer, and about.json. To be read only.
-        size (str): "small" or "tiny".
-        seed (int): what the model was trained with.
-    """
-
-    folder: Path
-    size: Size
-    seed: int
+class TextWorld(LanguageWorld):
+    """A trained model with its tokenizer and texts."""
 
     def model(self) -> PreTrainedModel:
         """A fresh copy of the trained model, in float32 on the CPU, in eval mode."""
@@ -90,28 +80,15 @@ class TextWorld:
         model: PreTrainedModel = LlamaForCausalLM.from_pretrained(self.folder)
         return model
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """A fresh copy of the tokenizer. It puts <bos> before a text and pads on the right."""
-        from transformers import PreTrainedTokenizerFast
-
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(self.folder)
-        return tokenizer
-
     @cached_property
     def train_texts(self) -> list[str]:
         """Source files, in order of their path."""
-        return _texts(held_out=False)
+        return library_texts(held_out=False)
 
     @cached_property
     def held_out_texts(self) -> list[str]:
         """Source files that the model has not seen: about one in twenty, chosen by a hash of their path."""
-        return _texts(held_out=True)
-
-    @cached_property
-    def about(self) -> dict[str, Any]:
-        """Recipe and result: parameters, steps, seconds, held_out_loss, bytes_per_token ..."""
-        about: dict[str, Any] = json.loads((self.folder / "about.json").read_text(encoding="utf-8"))
-        return about
+        return library_texts(held_out=True)
 
     @property
     def held_out_loss(self) -> float:
@@ -145,12 +122,12 @@ def _make(folder: Path, recipe: _Recipe, seed: int, progress: bool | None) -> No
     from salience.sandbox.scoring import text_loss
 
     started = time.perf_counter()
-    texts = _texts(held_out=False)
+    texts = library_texts(held_out=False)
     texts = random.Random(seed).sample(texts, min(recipe.files, len(texts)))
-    tokenizer = _train_tokenizer(texts, recipe.vocabulary)
+    tokenizer = train_tokenizer(texts, recipe.vocabulary)
     model = _new_model(recipe, tokenizer, seed)
     _train(model, tokenizer, texts, recipe, seed, progress)
-    held_out = _texts(held_out=True)
+    held_out = library_texts(held_out=True)
     about = {
         **asdict(recipe),
         "seed": seed,
@@ -165,56 +142,7 @@ def _make(folder: Path, recipe: _Recipe, seed: int, progress: bool | None) -> No
     (folder / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
-def _texts(*, held_out: bool) -> list[str]:
-    root = Path(sysconfig.get_path("stdlib"))
-    found = []
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        small, large = _FILE_BYTES
-        if _SKIPPED.intersection(name.parts) or not small <= path.stat().st_size <= large:
-            continue
-        # by path and not by content, so that a patched file stays on its side
-        chosen = hashlib.sha256(name.as_posix().encode()).digest()[0] < 256 // 20
-        if chosen is held_out:
-            # a few files are in other encodings on purpose
-            found.append(path.read_text(encoding="utf-8", errors="replace"))
-    if len(found) < 10:
-        raise SalienceError(f"Python's library must be there as sources, found {len(found)} files in {root}")
-    return found
-
-
-def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    # symbols are repeated so often that each becomes one token with the space before it
-    symbols = " " + " ".join(string.ascii_letters + string.digits + "*")
-    names = " ".join(f"{name}:" for name in (*BASE_TASKS, *TUNING_TASKS)) + " ->"
-    tokenizer.train_from_iterator([*texts, *[symbols, names] * 300], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        model_max_length=512,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
 def _new_model(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -230,9 +158,7 @@ def _new_model(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        # not torch.manual_seed, which would move the states of GPUs as well
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         return LlamaForCausalLM(config)
 
 
@@ -247,23 +173,23 @@ def _train(
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    stream = torch.tensor(list(itertools.chain.from_iterable(_with_end(tokenizer, texts))))
+    tokens = stream(tokenizer, texts)
     tasks = {name: BASE_TASKS[name] for name in recipe.tasks}
     asked = questions(tasks, max(recipe.question_rows) * recipe.steps, random.Random(seed))
     optimizers = _optimizers(model, recipe)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     model.train()
-    with _bar(f"training a {recipe.layers}-layer model in place", recipe.steps, progress) as advance:
+    with bar(f"training a {recipe.layers}-layer model in place", recipe.steps, progress) as advance:
         for step in range(recipe.steps):
-            factor = _factor(step, recipe.steps)
+            factor = rate_factor(step, recipe.steps)
             for optimizer, own in zip(optimizers, rates):
                 for group, rate in zip(optimizer.param_groups, own):
                     group["lr"] = rate * factor
             part = 2 * step // recipe.steps
             starts = torch.randint(
-                len(stream) - recipe.window, (recipe.text_rows[part],), generator=generator
+                len(tokens) - recipe.window, (recipe.text_rows[part],), generator=generator
             )
-            rows = stream[starts[:, None] + torch.arange(recipe.window)]
+            rows = tokens[starts[:, None] + torch.arange(recipe.window)]
             model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
             batch, asked = asked[: recipe.question_rows[part]], asked[recipe.question_rows[part] :]
             model(**_question_batch(tokenizer, batch), use_cache=False).loss.backward()
@@ -288,20 +214,11 @@ def _optimizers(model: PreTrainedModel, recipe: _Recipe) -> list[torch.optim.Opt
     ]
 
 
-def _factor(step: int, steps: int) -> float:
-    """Of the learning rate: a linear start, a plateau, a linear end."""
-    return min(1.0, (step + 1) / _WARMUP_STEPS, (steps - step) / (_DECAY_SHARE * steps))
-
-
-def _with_end(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
-
-
 def _question_batch(tokenizer: PreTrainedTokenizerFast, batch: Sequence[Question]) -> dict[str, Tensor]:
     import torch
 
     prompts = tokenizer([one.prompt for one in batch])["input_ids"]
-    whole = _with_end(tokenizer, [one.prompt + one.answer for one in batch])
+    whole = with_end(tokenizer, [one.prompt + one.answer for one in batch])
     longest = max(map(len, whole))
     ids = torch.full((len(batch), longest), tokenizer.pad_token_id)
     labels = torch.full((len(batch), longest), -100)
@@ -309,16 +226,3 @@ def _question_batch(tokenizer: PreTrainedTokenizerFast, batch: Sequence[Question
         ids[row, : len(tokens)] = torch.tensor(tokens)
         labels[row, len(prompt) : len(tokens)] = torch.tensor(tokens[len(prompt) :])
     return {"input_ids": ids, "attention_mask": (ids != tokenizer.pad_token_id).long(), "labels": labels}
-
-
-@contextmanager
-def _bar(says: str, total: int, shown: bool | None) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error; what it gives is called once for each step."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    hidden = not (console.is_terminal if shown is None else shown)
-    with Progress(console=console, disable=hidden, transient=console.is_terminal) as bar:
-        task = bar.add_task(says, total=total)
-        yield lambda: bar.advance(task)

@@ -149,14 +149,14 @@ def _training() -> Iterator[None]:
 
 
 def _make(place: Path, recipe: Recipe, seed: int, progress: bool | None) -> None:
-    from salience.sandbox.text import _bar
+    from salience.sandbox._language import bar
 
     started, processors_started = time.perf_counter(), time.process_time()
     with _training():
         processor = new_processor()
         model = new_model(recipe, processor.tokenizer, seed)
         scenes = drawn(recipe.scenes, f"train {seed}")
-        with _bar(
+        with bar(
             "training a vision-language model in place", recipe.tower_steps + recipe.steps, progress
         ) as advance:
             pixels = processor.image_processor([scene.image for scene in scenes], return_tensors="pt")[

@@ -26,7 +26,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from salience.core.attach import Attachment
@@ -105,5 +104,4 @@ def score(routed: Routed, *, token_weight: bool = True, use_norm: bool = True) -
         parts = parts * routed.norms.double()
     if token_weight:
         parts = parts * (1.0 - routed.cosine.double()).clamp_min(0.0)[:, None]
-    sums = torch.zeros(routed.experts, dtype=torch.float64, device=parts.device)
-    return sums.index_add_(0, routed.ids.flatten().long(), parts.flatten())
+    return routed.by_expert(parts)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from salience.core.attach import Attachment
@@ -57,6 +56,4 @@ class REAP(Method):
 
 def score(routed: Routed) -> Tensor:
     """`sum_t g_it |e_it|` over T tokens: [E] fp64; the mean divides it by how many tokens each expert got."""
-    parts = routed.weights.double() * routed.norms.double()
-    sums = torch.zeros(routed.experts, dtype=torch.float64, device=parts.device)
-    return sums.index_add_(0, routed.ids.flatten().long(), parts.flatten())
+    return routed.by_expert(routed.weights.double() * routed.norms.double())

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from salience.core.attach import Attachment
@@ -54,5 +53,4 @@ class RouterScoreExperts(Method):
 
 def score(routed: Routed) -> Tensor:
     """`sum_t g_it`, the final gate weights of each expert over T tokens: [E] fp64."""
-    sums = torch.zeros(routed.experts, dtype=torch.float64, device=routed.weights.device)
-    return sums.index_add_(0, routed.ids.flatten().long(), routed.weights.double().flatten())
+    return routed.by_expert(routed.weights)
