@@ -12,9 +12,9 @@ from decoder_families import FAMILIES
 
 import salience as sal
 from salience.core.documents import Documents, Reading
-from salience.core.errors import ParameterError
+from salience.core.errors import ParameterError, StructureError
 from salience.core.token_scores import nll
-from salience.hosts.head_masks import check_heads, forked
+from salience.hosts.head_masks import Fork, check_heads
 from salience.hosts.language import TokenMeter
 from salience.methods.samples._attention_influence_probes import probes
 from salience.methods.samples.attention_influence import detect, hits, important, score
@@ -71,24 +71,27 @@ def batch(lengths=(9, 14, 20), vocab=64, seed=0):
 
 
 def losses(model, ids, labels, heads, mode="uniform"):
-    """Both halves, [B, T] each."""
-    with forked(model, heads, mode) as copies:
-        return TokenMeter(model)(ids, labels, {"loss": nll}, copies=copies)["loss"].chunk(2)
+    """Of the intact and of the weakened pass, [B, T] each."""
+    fork, meter = Fork(model, heads, mode), TokenMeter(model)
+    with fork.intact():
+        base = meter(ids, labels, {"loss": nll})["loss"]
+    with fork.weakened():
+        return base, meter(ids, labels, {"loss": nll})["loss"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_intact_half_is_the_plain_model_in_every_family(family):
+def test_the_intact_pass_is_the_plain_model_in_every_family(family):
     model = FAMILIES[family]()
     ids, labels = batch((60, 70, 80))
     plain = TokenMeter(model)(ids, labels, {"loss": nll})["loss"]
     base, ref = losses(model, ids, labels, check_heads(model, [(1, 2)]))
-    torch.testing.assert_close(base, plain, rtol=1e-5, atol=1e-5, equal_nan=True)
     real = ~plain.isnan()
+    assert torch.equal(base[real], plain[real])
     assert int(real.sum()) == 60 + 70 + 80 - 3
     assert not torch.allclose(ref[real], plain[real], atol=1e-6)
-    # without heads there are two equal halves
-    for half in losses(model, ids, labels, {}):
-        torch.testing.assert_close(half, plain, rtol=1e-5, atol=1e-5, equal_nan=True)
+    # without heads nothing changes, bit for bit
+    for one in losses(model, ids, labels, {}):
+        assert torch.equal(one[real], plain[real])
     again = TokenMeter(model)(ids, labels, {"loss": nll})["loss"]
     assert torch.equal(again[real], plain[real]), "the hooks are gone"
 
@@ -114,8 +117,9 @@ def test_a_masked_head_puts_out_the_mean_of_what_it_sees(family, rows):
     intercept(attention_module(model, 1), record, seen)
     losses(model, ids, labels, check_heads(model, [(1, 2)]))
     record.undo()
-    call, mixed = calls[0], outputs[0]
-    value = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], 1)[rows:, 2]
+    # a model that caps its logits is run once more to see that it does
+    call, intact, mixed = calls[0], outputs[0], outputs[-1]
+    value = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], 1)[:, 2]
     length = value.shape[1]
     window = call.options.get("sliding_window")
     places = torch.arange(length)
@@ -123,8 +127,8 @@ def test_a_masked_head_puts_out_the_mean_of_what_it_sees(family, rows):
     if window is not None:
         visible &= places[None, :] > places[:, None] - window
     wanted = (visible / visible.sum(-1, keepdim=True)) @ value
-    torch.testing.assert_close(mixed[rows:, :, 2], wanted, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(mixed[:rows, :, 2], wanted, atol=1e-4), "the intact half keeps its pattern"
+    torch.testing.assert_close(mixed[:, :, 2], wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(intact[:, :, 2], wanted, atol=1e-4), "the intact pass keeps its pattern"
 
 
 def test_the_worked_mean():
@@ -168,30 +172,43 @@ def test_attention_with_sinks_is_uniform_too():
     model = GptOssForCausalLM(config).eval()
     with torch.no_grad():
         model.model.layers[1].self_attn.sinks.fill_(4.0)
-    from salience.core.attach import Attachment
-    from salience.hosts.attention import attention_module, intercept
-
     ids, labels = batch((20,))
-    seen = []
-
-    def watch(call, original):
-        output = original()
-        seen.append((call, output[0]))
-        return output
-
-    record = Attachment()
-    with forked(model, {1: [2]}) as copies:
-        intercept(attention_module(model, 1), record, watch)
-        TokenMeter(model)(ids, labels, {"loss": nll}, copies=copies)
-        record.undo()
-    call, output = seen[0]
-    value = call.value[1:, 1]
-    counts = torch.arange(1, value.shape[1] + 1).view(1, -1, 1)
-    assert not torch.allclose(output[1:, :, 2], value.cumsum(1) / counts, atol=1e-3), (
-        "the sink takes its share"
-    )
+    attention, values, outputs = model.model.layers[1].self_attn, [], []
+    attention.v_proj.register_forward_hook(lambda module, args, output: values.append(output))
+    attention.o_proj.register_forward_pre_hook(lambda module, args: outputs.append(args[0]))
     base, ref = losses(model, ids, labels, {1: [2]})
+    value, (intact, output) = values[0][:, :, 8:], [one[:, :, 16:24] for one in outputs]
+    uniform = value.cumsum(1) / torch.arange(1, value.shape[1] + 1).view(1, -1, 1)
+    torch.testing.assert_close(output, uniform, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(intact, uniform, atol=1e-3), "the sink takes its share"
     assert not torch.allclose(base[:, 1:], ref[:, 1:])
+
+
+def test_the_lower_layers_run_once_and_the_second_pass_is_of_the_same_batch():
+    model = tiny_llama().eval()
+    ids, labels = batch()
+    runs = [0] * len(model.model.layers)
+    for place, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_hook(
+            lambda *_, place=place: runs.__setitem__(place, runs[place] + 1)
+        )
+    last = len(runs) - 1
+    fork, meter = Fork(model, {last: [2]}), TokenMeter(model)
+    with pytest.raises(StructureError, match="must follow an intact one, got none"), fork.weakened():
+        pass
+    with fork.intact():
+        meter(ids, labels, {"loss": nll})
+    before = list(runs)
+    with fork.weakened():
+        meter(ids, labels, {"loss": nll})
+    assert [after - some for after, some in zip(runs, before)] == [0] * last + [1]
+    with pytest.raises(StructureError, match="must be of the intact one's batch"), fork.weakened():
+        meter(ids[:2], labels[:2], {"loss": nll})
+    # a masked head of every layer: the rest of the computation is a whole pass
+    torch.testing.assert_close(
+        losses(model, ids, labels, {0: [], last: [2]})[1], losses(model, ids, labels, {last: [2]})[1],
+        rtol=0, atol=0, equal_nan=True,
+    )  # fmt: skip
 
 
 def test_after_an_exception_nothing_is_left():
@@ -199,7 +216,11 @@ def test_after_an_exception_nothing_is_left():
     ids, _ = batch()
     with torch.no_grad():
         before = model(input_ids=ids).logits
-    with pytest.raises(RuntimeError, match="inside"), forked(model, {0: [1]}):
+    fork = Fork(model, {1: [1]})
+    with pytest.raises(RuntimeError, match="inside"), fork.intact():
+        model(input_ids=ids)
+        raise RuntimeError("inside")
+    with pytest.raises(RuntimeError, match="inside"), fork.weakened():
         raise RuntimeError("inside")
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, before)

@@ -77,7 +77,10 @@ class AttentionCall:
             )
         if self.mask is not None and self.mask.dim() == 4:
             rows = self.mask[:, :, start:stop, :keys]
-            return logits.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else logits + rows
+            if rows.dtype == torch.bool:
+                return logits.masked_fill(~rows, -torch.inf)
+            # eager models hide a key by their smallest number, which is no bias that anyone would add
+            return (logits + rows).masked_fill(rows <= torch.finfo(rows.dtype).min / 2, -torch.inf)
         allowed = self._causal(start, stop, keys, logits.device)
         for padding in (self.mask, attended):
             if padding is not None:

@@ -1,16 +1,15 @@
-"""Runs a batch through a model and, from the first masked layer on, a second time with some heads switched off.
+"""Runs a batch through a model as it is, and again with some heads switched off.
 
-What the layers below compute is the same for both, so it is computed once: in front of the first masked layer the
-rows are doubled, and the second half goes on without the heads. Nothing of the model is edited; hooks do it, for as
-long as `forked` lasts. A head that is switched off attends to every visible key alike ("uniform": its query becomes 0
-after rotary and norms, so all its logits are 0) or puts out nothing ("zero").
+What the layers below the first masked one compute is the same in both passes, so it is computed once: the intact pass
+keeps what enters that layer, the other one starts there. Nothing of the model is edited; hooks do it, for as long as
+a pass lasts. A head that is switched off attends to every visible key alike ("uniform": its query becomes 0 after
+rotary and norms, so all its logits are 0) or puts out nothing ("zero").
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,32 +62,98 @@ def check_heads(model: nn.Module, heads: Sequence[Head]) -> dict[int, list[int]]
     return grouped
 
 
-@contextmanager
-def forked(model: nn.Module, heads: Mapping[int, Sequence[int]], mode: str = "uniform") -> Iterator[int]:
-    """Inside the block the model gives twice as many rows as it is given: [intact rows; rows without the heads].
+class Fork:
+    """Two passes of a model over the same batch: intact, then without some heads.
 
     Args:
         model (nn.Module): a decoder; called with right-padded ids and without a mask or a cache.
-        heads (Mapping): layer -> query heads that are switched off; empty gives two equal halves.
+        heads (Mapping): layer -> query heads that are switched off; empty gives the same pass twice.
         mode (str): of `MODES`.
 
-    Yields:
-        int: how many times as many rows come out, 2.
+    Example:
+        >>> fork = Fork(model, {1: [2]})  # doctest: +SKIP
+        >>> with fork.intact():
+        ...     plain = model(input_ids=ids)
+        >>> with fork.weakened():
+        ...     weak = model(input_ids=ids)
     """
-    record = Attachment()
-    layers = structure(model).layers
-    first = min(heads, default=0)
-    rows: list[int] = []
-    try:
-        for layer in layers[first:]:
-            double = _doubling(rows, start=layer.index == first)
-            record.hook(layer.module.register_forward_pre_hook(double, with_kwargs=True))
-        for index, switched in heads.items():
-            own = next(one for one in layers[index].attentions if not one.is_cross)
-            intercept(own.module, record, _switch(rows, list(switched), mode))
-        yield 2
-    finally:
-        record.undo()
+
+    def __init__(self, model: nn.Module, heads: Mapping[int, Sequence[int]], mode: str = "uniform") -> None:
+        layers = structure(model).layers
+        first = min(heads, default=0)
+        self._below = [layer.module for layer in layers[:first]]
+        self._first = layers[first].module
+        self._attentions = [
+            (next(one.module for one in layers[index].attentions if not one.is_cross), list(switched))
+            for index, switched in heads.items()
+        ]
+        self._mode = mode
+        self._entered: Tensor | None = None
+        self._tuples = False
+
+    @contextmanager
+    def intact(self) -> Iterator[None]:
+        """The model computes what it always does; what enters the first masked layer is kept."""
+        self._entered = None
+        if not self._below:
+            yield
+            return
+
+        def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._tuples = isinstance(output, tuple)
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # a copy: a layer may add to what it is given in place
+            self._entered = _hidden(args, kwargs).clone()
+
+        record = Attachment()
+        try:
+            record.hook(self._below[-1].register_forward_hook(see))
+            record.hook(self._first.register_forward_pre_hook(keep, with_kwargs=True))
+            yield
+        finally:
+            record.undo()
+
+    @contextmanager
+    def weakened(self) -> Iterator[None]:
+        """The model computes without the heads, for the batch of the last intact pass and no other.
+
+        Raises:
+            StructureError: if there was no intact pass, or the model is given a batch of another shape.
+        """
+        if self._below and self._entered is None:
+            raise StructureError("the weakened pass must follow an intact one, got none")
+        record = Attachment()
+        try:
+            for module in self._below:
+                record.set(module, "forward", self._skip)
+            if self._below:
+                record.hook(self._first.register_forward_pre_hook(self._enter, with_kwargs=True))
+            for attention, switched in self._attentions:
+                intercept(attention, record, _switch(switched, self._mode))
+            yield
+        finally:
+            record.undo()
+
+    def _skip(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = _hidden(args, kwargs)
+        return (hidden,) if self._tuples else hidden
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kept, given = self._entered, _hidden(args, kwargs)
+        if kept is None or kept.shape != given.shape:
+            raise StructureError(
+                f"the weakened pass must be of the intact one's batch, got {list(given.shape)} where "
+                f"{None if kept is None else list(kept.shape)} were kept"
+            )
+        if args:
+            return (kept.clone(), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kept.clone()}
+
+
+def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    found: Tensor = args[0] if args else kwargs["hidden_states"]
+    return found
 
 
 def attend(call: AttentionCall, *, off: Sequence[int] = (), attended: Tensor | None = None) -> Tensor:
@@ -120,58 +185,20 @@ def attend(call: AttentionCall, *, off: Sequence[int] = (), attended: Tensor | N
     return torch.cat(parts, 2)
 
 
-def _doubling(rows: list[int], *, start: bool) -> Callable[..., Any]:
-    """A hook in front of a layer that doubles what enters; the first one says how many rows there were."""
-
-    def double(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if start:
-            rows[:] = [len(hidden)]
-        elif len(hidden) != 2 * rows[0]:
-            raise StructureError(f"layers must keep the rows of a batch, got {len(hidden)} for {2 * rows[0]}")
-        return _doubled(args, rows[0]), _doubled(kwargs, rows[0])
-
-    return double
-
-
-def _doubled(value: Any, rows: int) -> Any:
-    """Tensors with one entry for each row get two, nested ones as well; what one entry serves all stays."""
-    if isinstance(value, Tensor):
-        # [T] positions have no rows
-        return torch.cat((value, value)) if value.dim() >= 2 and len(value) == rows else value
-    if isinstance(value, tuple) and type(value) is tuple:
-        return tuple(_doubled(one, rows) for one in value)
-    if isinstance(value, dict):
-        return {name: _doubled(one, rows) for name, one in value.items()}
-    if hasattr(value, "mask_mod") and value.shape[0] not in (1, None):
-        raise StructureError("attention masks must be tensors to be doubled, got a BlockMask: load with sdpa")
-    return value
-
-
-def _switch(
-    rows: list[int], heads: list[int], mode: str
-) -> Callable[[AttentionCall, Callable[[], Any]], Any]:
-    """Stands in for a layer's attention function: the second half of the rows goes without the heads."""
+def _switch(heads: list[int], mode: str) -> Callable[[AttentionCall, Callable[[], Any]], Any]:
+    """Stands in for a layer's attention function, which goes without the heads."""
 
     def act(call: AttentionCall, original: Callable[[], Any]) -> Any:
-        half = slice(rows[0], None)
         if mode == "uniform" and not _biased(call):
             # the tensor is this call's own; nothing else reads it
-            call.query[half, heads] = 0
+            call.query[:, heads] = 0
             return original()
         output = original()
         mixed = output[0]  # [B, Q, H, Dv]
         if mode == "zero":
-            mixed[half, :, heads] = 0
+            mixed[:, :, heads] = 0
         else:
-            second = replace(
-                call,
-                query=call.query[half],
-                key=call.key[half],
-                value=call.value[half],
-                mask=call.mask[half] if isinstance(call.mask, Tensor) and len(call.mask) > 1 else call.mask,
-            )
-            mixed[half, :, heads] = attend(second, off=heads)[:, heads].transpose(1, 2).to(mixed.dtype)
+            mixed[:, :, heads] = attend(call, off=heads)[:, heads].transpose(1, 2).to(mixed.dtype)
         return output
 
     return act

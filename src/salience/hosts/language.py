@@ -108,21 +108,17 @@ class TokenMeter:
         self._plain: bool | None = None if self._head is not None else False
 
     @torch.no_grad()
-    def __call__(
-        self, ids: Tensor, labels: Tensor, measures: Mapping[str, Measure], *, copies: int = 1
-    ) -> dict[str, Tensor]:
+    def __call__(self, ids: Tensor, labels: Tensor, measures: Mapping[str, Measure]) -> dict[str, Tensor]:
         """Measures of every token that is asked for.
 
         Args:
             ids (Tensor): [B, T] int64, padded on the right. No mask is needed: no token sees what is behind it.
             labels (Tensor): [B, T] int64 unshifted, -100 where nothing is asked. The first column has no prediction.
             measures (Mapping): name -> function of logits and tokens.
-            copies (int): how many times as many rows the model gives as it is given: hooks may add some.
 
         Returns:
-            dict[str, Tensor]: [copies * B, T] fp32 each, NaN where nothing is asked.
+            dict[str, Tensor]: [B, T] fp32 each, NaN where nothing is asked.
         """
-        labels = labels.repeat(copies, 1)
         active = labels[:, 1:] != IGNORE
         targets = labels[:, 1:][active]
         found = {name: torch.full(active.shape, torch.nan, device=ids.device) for name in measures}

@@ -115,13 +115,17 @@ class AttentionInfluence(Method):
     def scorer(self, model: Any, tokenizer: Any = None) -> Scorer:
         """The score and, beside it, both losses."""
         heads = head_masks.check_heads(model, self.retrieval_heads(model, tokenizer))
-        meter = TokenMeter(model)
+        meter, fork = TokenMeter(model), head_masks.Fork(model, heads, self.mask_mode)
+
+        def loss(batch: Documents) -> Tensor:
+            losses = meter(batch.ids, batch.labels, {"loss": nll})["loss"]
+            return row_means(losses, (batch.labels != IGNORE) & ~losses.isnan())
 
         def scored(batch: Documents) -> dict[str, Tensor]:
-            with head_masks.forked(model, heads, self.mask_mode) as copies:
-                losses = meter(batch.ids, batch.labels, {"loss": nll}, copies=copies)["loss"]
-            active = (batch.labels != IGNORE).repeat(2, 1) & ~losses.isnan()
-            base, ref = row_means(losses, active).chunk(2)
+            with fork.intact():
+                base = loss(batch)
+            with fork.weakened():
+                ref = loss(batch)
             short = batch.lengths < self.min_tokens
             values = score(base, ref, normalise=self.normalise, floor=self.loss_floor)
             return {
