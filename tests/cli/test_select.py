@@ -13,6 +13,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+import salience as sal
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from corpora import small_corpus, tiny_reader
 
@@ -140,8 +142,8 @@ def test_ray_survives_a_killed_worker_and_a_killed_driver(source, reader, whole,
     descendants = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    # Ray's own processes end with the driver
-    _, alive = psutil.wait_procs(descendants, timeout=60)
+    # Ray's own processes end with the driver, but in their own time
+    _, alive = psutil.wait_procs(descendants, timeout=1)
     for one in alive:
         one.kill()
     assert not (out / "salience.json").exists()
@@ -150,12 +152,33 @@ def test_ray_survives_a_killed_worker_and_a_killed_driver(source, reader, whole,
     assert decisions(out).equals(decisions(whole)) and kept(out) == kept(whole)
 
 
+@pytest.mark.slow
+def test_what_a_worker_of_ray_cannot_read_is_told_in_a_line(source, reader, tmp_path):
+    """As on a cluster where a folder is not shared: the driver sees it, a worker does not."""
+    pytest.importorskip("ray")
+    from salience.core.documents import Reading
+    from salience.core.errors import SalienceError
+    from salience.hosts.corpus_files import open_source
+    from salience.hosts.engines import Work, ray_engine
+    from salience.hosts.selecting import select as run
+
+    reading = Reading(folder=tmp_path / "out", device="cpu", shard_documents=100)
+    method = sal.Perplexity(model=str(reader))
+    work = Work(str(tmp_path / "elsewhere"), method, reading, str(tmp_path / "out"))
+    engine = ray_engine(work, address=None, workers=1, timeout=10, gpus=False)
+    with pytest.raises(
+        SalienceError, match=r"worker on .*: data must be an existing file, folder .*elsewhere"
+    ):
+        run(open_source(source, reading), method, reading, engine=engine)
+    assert not (tmp_path / "out" / "parts").exists() or not list((tmp_path / "out" / "parts").iterdir())
+
+
 def workers_of(process, seconds=60):
     """Ray's actors that this run started, and no others of this machine."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         children = psutil.Process(process.pid).children(recursive=True)
-        found = [one for one in children if one.name().startswith("ray::_Worker")]
+        found = [one for one in children if one.name().startswith("ray::MapWorker")]
         if found:
             return found
         time.sleep(0.02)

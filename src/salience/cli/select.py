@@ -147,7 +147,9 @@ def _summary(result: dict[str, Any], out: Path) -> None:
             table.add_row(Text(name), f"{total:,}", f"{kept:,}", f"{100 * kept / total:.1f} %")
         console.print(table)
     told = [
-        f"{name} {value:,}" for name, value in spent.items() if name not in ("documents", "kept", "share")
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value:,}"
+        for name, value in spent.items()
+        if name not in ("documents", "kept", "share")
     ]
     console.print(Text(", ".join(told)))
     console.print(f"kept documents: {out / 'data'}", soft_wrap=True)

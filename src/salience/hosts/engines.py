@@ -6,24 +6,24 @@ appears whole or not at all. So it does not matter who does it, when, or how oft
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from salience.core.documents import Reading, ScoringMethod
-from salience.core.errors import ParameterError, first_line, require
+from salience.core.errors import ParameterError, SalienceError, first_line, require
 from salience.hosts.corpus import Shard
 from salience.hosts.corpus_files import open_source
 from salience.hosts.scoring import ShardScorer, part_path, score_shards
 from salience.hosts.selecting import _SHARDS, make_scorer
 
 _POLL = 0.2  # seconds between looks for files of others
-_AHEAD = 2  # shards that a worker has been given at a time
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def wait_for(path: Path) -> None:
 def ray_engine(
     work: Work, *, address: str | None, workers: int | None, timeout: float, gpus: bool
 ) -> Callable[[ShardScorer, Sequence[Shard], Path, Callable[[Shard], None]], None]:
-    """An engine of Ray actors, each with a model of its own; one that dies is started again with its shard.
+    """An engine of Ray Data: actors, each with a model of its own; a shard whose actor dies is scored by another.
 
     Args:
         work (Work): what they do.
@@ -107,13 +107,15 @@ def ray_engine(
     def engine(
         scorer: ShardScorer, shards: Sequence[Shard], folder: Path, done: Callable[[Shard], None]
     ) -> None:
-        missing = [shard for shard in shards if not part_path(folder, shard.number).exists()]
+        missing: dict[int, Shard] = {}
         for shard in shards:
-            if shard not in missing:
+            if part_path(folder, shard.number).exists():
                 done(shard)
+            else:
+                missing[shard.number] = shard
         try:
-            if missing:
-                _by_actors(ray, work, missing, workers, gpus, done)
+            for number in _scored(ray, work, list(missing.values()), workers, gpus) if missing else ():
+                done(missing[number])
         finally:
             ray.shutdown()
 
@@ -121,11 +123,14 @@ def ray_engine(
 
 
 def _started(address: str | None, timeout: float, workers: int | None) -> Any:
+    # read when Ray is imported; its C++ parts tell every retry, and what went wrong is told below
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
+        import ray.data
     except ImportError as error:
         raise ParameterError(
-            "engine must be local or ray with Ray installed, got no Ray: pip install ray"
+            "engine must be local, or ray with Ray Data installed, got none: pip install 'salience[scale]'"
         ) from error
     if ray.is_initialized():
         return ray
@@ -140,7 +145,8 @@ def _started(address: str | None, timeout: float, workers: int | None) -> Any:
     failed = _failure(ray, options) if address is None else _failure_within(timeout + 20, ray, options)
     if failed is not None:
         where = "this machine" if address is None else address
-        raise ParameterError(f"address must be a Ray cluster that answers, got {where} ({failed})")
+        token = "" if address is None else "; one that asks for a token wants RAY_AUTH_MODE=token"
+        raise ParameterError(f"address must be a Ray cluster that answers, got {where} ({failed}{token})")
     return ray
 
 
@@ -173,43 +179,45 @@ def _require_answer(address: str, timeout: float) -> None:
         ) from error
 
 
-def _by_actors(
-    ray: Any,
-    work: Work,
-    shards: Sequence[Shard],
-    workers: int | None,
-    gpus: bool,
-    done: Callable[[Shard], None],
-) -> None:
-    resources = ray.cluster_resources()
-    there = int(resources.get("GPU" if gpus else "CPU", 1))
+def _scored(ray: Any, work: Work, shards: Sequence[Shard], workers: int | None, gpus: bool) -> Iterator[int]:
+    """Numbers of shards as they are done, in any order."""
+    import ray.data as stream
+
+    # its own bar, plan and warnings; the driver tells what users want to know
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = stream.DataContext.get_current()
+    context.enable_progress_bars = False
+    there = int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1))
     number = max(1, min(workers or there, len(shards)))
-    settings = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_restarts": -1, "max_task_retries": -1}
-    actor = ray.remote(**settings)(_Worker)
-    pool = [actor.remote(work) for _ in range(number)]
-    waiting, running = list(reversed(shards)), {}
-    for _ in range(_AHEAD):
-        for one in pool:
-            if waiting:
-                shard = waiting.pop()
-                running[one.score.remote(shard)] = (one, shard)
-    while running:
-        ready, _ = ray.wait(list(running), num_returns=1)
-        one, shard = running.pop(ready[0])
-        ray.get(ready[0])
-        done(shard)
-        if waiting:
-            following = waiting.pop()
-            running[one.score.remote(following)] = (one, following)
+    rows = stream.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
+    scored = rows.map(
+        _Worker,
+        fn_constructor_args=(work,),
+        compute=stream.ActorPoolStrategy(size=number),
+        num_cpus=1,
+        num_gpus=1 if gpus else 0,
+    )
+    for row in scored.iter_rows():
+        if row["error"]:
+            raise SalienceError(f"worker on {row['host']}: {row['error']}")
+        yield row["number"]
 
 
 class _Worker:
-    """Lives on some machine of the cluster and scores what it is given."""
+    """Lives on some machine of the cluster and scores what it is given.
+
+    What is wrong with the input there is handed back: raised, it would come as Ray's report of an actor that died.
+    """
 
     def __init__(self, work: Work) -> None:
-        self._folder = Path(work.folder)
-        self._scorer = work.open()
+        self._work = work
+        self._scorer: ShardScorer | None = None
 
-    def score(self, shard: Shard) -> int:
-        score_shards(self._scorer, [shard], self._folder)
-        return shard.number
+    def __call__(self, row: dict[str, int]) -> dict[str, Any]:
+        shard, error = Shard(**row), ""
+        try:
+            self._scorer = self._scorer or self._work.open()
+            score_shards(self._scorer, [shard], Path(self._work.folder))
+        except SalienceError as wrong:
+            error = str(wrong)
+        return {"number": shard.number, "error": error, "host": socket.gethostname()}
