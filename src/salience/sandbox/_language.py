@@ -7,7 +7,7 @@ import itertools
 import json
 import string
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -137,16 +137,3 @@ def seeded(seed: int) -> Iterator[None]:
 def rate_factor(step: int, steps: int) -> float:
     """Of the learning rate: a linear start, a plateau, a linear end."""
     return min(1.0, (step + 1) / _WARMUP_STEPS, (steps - step) / (_DECAY_SHARE * steps))
-
-
-@contextmanager
-def bar(says: str, total: int, shown: bool | None) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error; what it gives is called once for each step."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    hidden = not (console.is_terminal if shown is None else shown)
-    with Progress(console=console, disable=hidden, transient=console.is_terminal) as bar:
-        task = bar.add_task(says, total=total)
-        yield lambda: bar.advance(task)

@@ -233,8 +233,8 @@ def _sources() -> list[str]:
 
 
 def _make(place: Path, recipe: Recipe, seed: int, progress: bool | None) -> None:
+    from salience.core.progress import bar
     from salience.sandbox._corpus_training import new_model, train
-    from salience.sandbox._language import bar
     from salience.sandbox.needles import _training
 
     started = time.perf_counter()

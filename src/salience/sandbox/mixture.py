@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from salience.core.errors import require
+from salience.core.progress import bar
 from salience.sandbox._language import (
     LanguageWorld,
     Size,
-    bar,
     library_texts,
     rate_factor,
     seeded,

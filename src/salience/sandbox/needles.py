@@ -230,7 +230,7 @@ def _training() -> Iterator[None]:
 
 
 def _make(place: Path, recipe: Recipe, seed: int, progress: bool | None) -> None:
-    from salience.sandbox._language import bar
+    from salience.core.progress import bar
     from salience.sandbox._needles_training import new_model, new_tokenizer, train
 
     started, processors_started = time.perf_counter(), time.process_time()

@@ -149,7 +149,7 @@ def _training() -> Iterator[None]:
 
 
 def _make(place: Path, recipe: Recipe, seed: int, progress: bool | None) -> None:
-    from salience.sandbox._language import bar
+    from salience.core.progress import bar
 
     started, processors_started = time.perf_counter(), time.process_time()
     with _training():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from salience.core.attach import Attachment
 from salience.core.errors import StructureError, require
 from salience.core.loop import evaluating
+from salience.core.progress import bar
 from salience.core.selection import generator
 from salience.hosts.prefill import Prompt, prefill
 from salience.hosts.transformers import structure, unwrap
@@ -138,7 +138,7 @@ def _train(model: nn.Module, data: Iterable[Any], plan: Training) -> BoundaryPre
     record = Attachment()
     try:
         prefill(model, record, learning.see)
-        with evaluating(model), _bar(plan.epochs * len(prompts), plan.progress) as advance:
+        with evaluating(model), bar("dhsa: prompts", plan.epochs * len(prompts), plan.progress) as advance:
             for _ in range(plan.epochs):
                 for number in torch.randperm(len(prompts), generator=draw).tolist():
                     optimizer.zero_grad()
@@ -244,16 +244,3 @@ def _run(model: nn.Module, prompt: Mapping[str, Any], device: torch.device) -> N
     if "use_cache" in inspect.signature(body.forward).parameters:
         inputs["use_cache"] = False
     body(**inputs)
-
-
-@contextmanager
-def _bar(total: int, shown: bool | None) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error; what it gives is called once for each step."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    hidden = not (console.is_terminal if shown is None else shown)
-    with Progress(console=console, disable=hidden, transient=console.is_terminal) as bar:
-        task = bar.add_task("dhsa: prompts", total=total)
-        yield lambda: bar.advance(task)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from salience.core.attach import Attachment
 from salience.core.errors import ParameterError, require
 from salience.core.files import write_bytes_atomic
 from salience.core.loop import evaluating
+from salience.core.progress import bar
 from salience.hosts.prefill import Prompt, prefill
 from salience.hosts.transformers import structure
 from salience.kernels import KeyBlocks
@@ -74,7 +74,11 @@ def run_calibration(
 
     record = Attachment()
     layers = len(structure(model).layers)
-    with _bar(layers * len(batches), progress) as advance, evaluating(model), torch.no_grad():
+    with (
+        bar("sale: layers calibrated", layers * len(batches), progress) as advance,
+        evaluating(model),
+        torch.no_grad(),
+    ):
         try:
             prefill(model, record, see)
             for batch in batches:
@@ -139,16 +143,3 @@ def _inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
     known = inspect.signature(model.forward).parameters
     lean = {"use_cache": False, "logits_to_keep": 1}
     return {**{name: value for name, value in lean.items() if name in known}, **given}
-
-
-@contextmanager
-def _bar(total: int, shown: bool | None) -> Iterator[Any]:
-    """A progress bar on standard error; what it gives is called once for each layer of each prompt."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    hidden = not (console.is_terminal if shown is None else shown)
-    with Progress(console=console, disable=hidden, transient=console.is_terminal) as bar:
-        task = bar.add_task("sale: layers calibrated", total=total)
-        yield lambda: bar.advance(task)

@@ -20,6 +20,7 @@ from salience.core.attach import Attachment
 from salience.core.errors import ParameterError, require
 from salience.core.files import check_writable, write_json_atomic
 from salience.core.loop import evaluating
+from salience.core.progress import bar
 from salience.core.spec import describe_method
 from salience.hosts.vision import vision_language
 
@@ -236,7 +237,7 @@ def _improve(optuna: Any, study: Any, objective: Objective, plan: Plan, depth: i
         first = dict(zip(_NAMES, (*base.ratios[:2], base.t, base.alpha, base.cell), strict=True))
         if all(low <= first[name] <= high for name, (low, high) in plan.within.items()):
             study.enqueue_trial(first)
-    with _bar(plan.evaluations, done, plan.progress) as advance:
+    with bar("vflowopt: settings tried", plan.evaluations, plan.progress, done=done) as advance:
         failed = 0
         while done < plan.evaluations:
             # a sampler for each trial, drawn from what is done: a search that goes on is the one that was stopped
@@ -318,16 +319,3 @@ def _quiet(optuna: Any) -> Iterator[None]:
         yield
     finally:
         optuna.logging.set_verbosity(level)
-
-
-@contextmanager
-def _bar(total: int, done: int, shown: bool | None) -> Iterator[Any]:
-    """A progress bar on standard error; what it gives is called once for each evaluation."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    hidden = not (console.is_terminal if shown is None else shown)
-    with Progress(console=console, disable=hidden, transient=console.is_terminal) as bar:
-        task = bar.add_task("vflowopt: settings tried", total=total, completed=done)
-        yield lambda: bar.advance(task)
