@@ -266,3 +266,90 @@ def test_without_a_model_nothing_is_loaded(cli, source, tmp_path):
         len(json.loads(line)["text"]) for path in source.iterdir() for line in path.read_text().splitlines()
     ]
     assert sorted(every)[-60] == shortest
+
+
+def instructions(first, count):
+    """Rows with names of their own: of other tools than ours."""
+    return [
+        {"uid": f"{first}{place}", "instruction": "abc de"[: 2 + place % 4], "output": f"{text} {first}"}
+        for place, text in enumerate(small_corpus(count, seed=ord(first)))
+    ]
+
+
+def test_adapt_inf_keeps_a_pool_from_one_command_to_the_next(cli, reader, tmp_path):
+    from datasets import Dataset
+
+    lines, table = tmp_path / "a.jsonl", tmp_path / "b.parquet"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in instructions("a", 40)) + "not json\n")
+    Dataset.from_list(instructions("b", 30)).to_parquet(table)
+    names = ("--column", "prompt=instruction", "--column", "completion=output", "--id-column", "uid")
+    method = f"adapt-inf:keep=12,pool_limit=25,clusters=3,dim=16,state={tmp_path / 'pool'}"
+
+    def run(data, out, *more):
+        return cli(
+            "select", "--data", data, "--model", reader, "--method", method, "--device", "cpu",
+            "--out", tmp_path / out, *names, *more,
+        )  # fmt: skip
+
+    code, _, err = run(lines, "one")
+    assert code == 2 and "at line 41 of a.jsonl (skip_bad leaves such out)" in err
+    assert not (tmp_path / "one").exists() and not (tmp_path / "pool").exists()
+    code, told, err = run(lines, "one", "--skip-bad")
+    assert code == 0, err
+    assert "12 of 40 samples of a.jsonl" in told and "release 1, pool 25, pruned 15" in told
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert "25 samples stay in the pool" in " ".join(page.split()) and "at line 41 of a.jsonl" in page
+    code, told, err = run(table, "two")
+    assert code == 0 and "12 of 55 samples of b.parquet" in told and "release 2" in told, err
+    rows = pq.read_table(tmp_path / "two" / "data" / "part-000000.parquet").to_pylist()
+    known = {row["uid"]: row for row in instructions("a", 40) + instructions("b", 30)}
+    assert len(rows) == 12 and all(row == known[row["uid"]] for row in rows)
+    # the same command again finds what it did; ids of the pool are not taken twice
+    again = run(table, "two")
+    assert again[0] == 0 and again[1] == told
+    code, _, err = run(lines, "three", "--skip-bad")
+    assert code == 2 and "ids must be new to the pool, got 'a" in err and not (tmp_path / "three").exists()
+    code, _, err = run(table, "four", "--engine", "ray")
+    assert code == 2 and "engine must be local and without torchrun for adapt-inf, got ray" in err
+
+
+def test_pictures_go_from_parquet_into_the_pool_as_they_are(tmp_path):
+    import numpy as np
+    from datasets import Dataset
+    from PIL import Image
+
+    from salience.core.documents import Reading
+    from salience.hosts.corpus_files import open_dataset
+    from salience.hosts.sample_pool import as_dataset
+
+    draw = np.random.default_rng(0)
+    pictures = [Image.fromarray(draw.integers(0, 255, (6, 5, 3), np.uint8)) for _ in range(3)]
+    rows = {
+        "prompt": ["a", "b", "c"],
+        "completion": ["x", "y", "z"],
+        "image": [None, pictures[1], pictures[2]],
+    }
+    source = Dataset.from_dict(rows)
+    source.to_parquet(tmp_path / "data.parquet")
+    found, _ = open_dataset(tmp_path / "data.parquet", Reading(), tmp_path / "rows")
+    streamed = as_dataset(source.to_iterable_dataset(), tmp_path / "stream")
+    for one in (found, streamed):
+        assert one.features == source.features and one[0]["image"] is None
+        for place in (1, 2):
+            assert np.array_equal(np.asarray(one[place]["image"]), np.asarray(pictures[place]))
+    again, _ = open_dataset(tmp_path / "data.parquet", Reading(), tmp_path / "again")
+    assert again._fingerprint == found._fingerprint, "the same rows are known again"
+
+
+def test_a_selection_is_tuned_on_as_it_is(cli, source, reader, tmp_path):
+    code, _, err = cli(
+        "select", "--data", source, "--method", "length", "--keep", "0.1", "--out", tmp_path / "picked"
+    )
+    assert code == 0, err
+    code, _, err = cli(
+        "tune", "--model", reader, "--data", tmp_path / "picked", "--steps", "2", "--batch-size", "2",
+        "--max-length", "64", "--truncate", "--device", "cpu", "--method", "loss-reweighting", "--no-baseline",
+        "--out", tmp_path / "tuned",
+    )  # fmt: skip
+    assert code == 0, err
+    assert (tmp_path / "tuned" / "result.json").exists()

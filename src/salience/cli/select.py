@@ -117,14 +117,23 @@ def _run(options: dict[str, Any], out: Path) -> None:
 
     console = Console(stderr=True)
     with quiet_libraries(console):
+        import datasets
+
         from salience.jobs.select import SelectSettings
         from salience.jobs.select import select as run
 
+    datasets.disable_progress_bars()
     settings = SelectSettings(**options)
     with Bar(console, "documents", remaining=True) as bar:
         result = run(settings, out, say=console.print, progress=bar)
     if result is not None:
         _summary(result, out)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return " and ".join(f"{name} {one:,}" for name, one in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
 
 
 def _summary(result: dict[str, Any], out: Path) -> None:
@@ -147,9 +156,9 @@ def _summary(result: dict[str, Any], out: Path) -> None:
             table.add_row(Text(name), f"{total:,}", f"{kept:,}", f"{100 * kept / total:.1f} %")
         console.print(table)
     told = [
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value:,}"
+        f"{name} {_shown(value)}"
         for name, value in spent.items()
-        if name not in ("documents", "kept", "share")
+        if name not in ("documents", "samples", "kept", "share")
     ]
     console.print(Text(", ".join(told)))
     console.print(f"kept documents: {out / 'data'}", soft_wrap=True)

@@ -81,6 +81,7 @@ class Reading:
         device (str): "auto", "cpu", "cuda", ...
         dtype (str): of the weights of a model that is loaded here; "auto" is the checkpoint's own.
         skip_bad (bool): leave out what cannot be read, and count and list it, instead of refusing it.
+        progress (bool | None): show a bar while scoring; None shows it where standard error is a terminal.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -94,6 +95,7 @@ class Reading:
     device: str = "auto"
     dtype: str = "auto"
     skip_bad: bool = False
+    progress: bool | None = None
 
     def __post_init__(self) -> None:
         require(self.max_length is None or self.max_length >= 2, "max_length", ">= 2", self.max_length)

@@ -1,4 +1,4 @@
-"""The picture of what was picked of a dataset: the scores, where the kept documents come from, and both ends."""
+"""Pictures of what was picked of a dataset: scores, sources and both ends, or clusters and their shares."""
 
 from __future__ import annotations
 
@@ -42,6 +42,27 @@ def draw_picked(
         _sources(axes[1], shown, width)
         if examples:
             _examples(axes[2], examples, width)
+        return figure
+
+
+def draw_clusters(clusters: Sequence[Mapping[str, Any]], *, width: int = drawing.WIDE) -> Figure:
+    """Draw a bar for each cluster, the largest on top: its samples, and in front of them those that were chosen.
+
+    Args:
+        clusters (Sequence[Mapping]): with samples, chosen and expert, None where chance chose.
+        width (int): pixels at 96 an inch.
+    """
+    ranked = sorted(enumerate(clusters), key=lambda pair: pair[1]["samples"])
+    places = range(len(ranked))
+    with drawing.style():
+        figure = drawing.new_figure(width, 110 + 26 * len(ranked))
+        axes = figure.subplots()
+        axes.barh(places, [one["samples"] for _, one in ranked], color=DROPPED, label="pool and arrivals")
+        axes.barh(places, [one["chosen"] for _, one in ranked], color=KEPT, label="to train on")
+        axes.set_yticks(places, [f"{number}: by {one['expert'] or 'chance'}" for number, one in ranked])
+        axes.set_xlabel("samples")
+        figure.legend(loc="outside lower center", ncols=2)
+        axes.set_title("pseudo-skills, and the expert that was asked in each")
         return figure
 
 

@@ -26,6 +26,15 @@ class Tables(Files):
                     raise ParameterError(f"data must be readable files, got {name} ({error})") from error
         raise ParameterError(f"data must hold at least one document, got none in {self.name}")
 
+    def schema(self) -> Any:
+        """Of the first file that can be read, as Arrow holds it."""
+        for number in range(len(self.files)):
+            try:
+                return self._opened(number).schema_arrow
+            except UnreadableError:
+                continue
+        raise ParameterError(f"data must hold at least one document, got none in {self.name}")
+
     def read(self, shard: Shard) -> Iterator[Row]:
         name = self._names[shard.file]
         values = self._table(shard).to_pylist()

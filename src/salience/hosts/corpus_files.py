@@ -8,12 +8,16 @@ out, counted and listed. That look is kept in the run's folder, so that going on
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from salience.core.documents import Reading
 from salience.core.errors import ParameterError
 from salience.hosts._corpus_lines import Lines
-from salience.hosts._corpus_look import kind_of
+from salience.hosts._corpus_look import Files, kind_of
 from salience.hosts._corpus_tables import Tables
 from salience.hosts.corpus import Corpus, open_corpus
 
@@ -46,6 +50,41 @@ def open_source(source: str | Path, reading: Reading, *, split: str = "train") -
         raise ParameterError(f"data must be files of one kind, got {' and '.join(kinds)} in {source}")
     root = path if path.is_dir() else path.parent
     return Tables(root, files, reading) if kinds == ["parquet"] else Lines(root, files, reading)
+
+
+def open_dataset(
+    source: str | Path, reading: Reading, folder: Path, *, split: str = "train"
+) -> tuple[Any, Corpus]:
+    """The documents of a source as a `Dataset`, for a method that needs all of them at hand.
+
+    Args:
+        source (str | Path): as for `open_source`.
+        reading (Reading): how it is read; rows that it leaves out are not in the dataset.
+        folder (Path): where rows of files are mapped from.
+        split (str): of a datasets name or a saved DatasetDict.
+
+    Returns:
+        tuple: the dataset, with the columns of the first document of files, and the corpus that it was made of.
+
+    Raises:
+        ParameterError: as for `open_source`, and for columns of several types.
+    """
+    from datasets import Features
+
+    from salience.hosts.sample_pool import mapped
+
+    corpus = open_source(source, reading, split=split)
+    if not isinstance(corpus, Files):
+        return corpus.take(np.ones(sum(shard.count for shard in corpus.shards()), bool)), corpus
+    corpus.check()
+    features = Features.from_arrow_schema(corpus.schema()) if isinstance(corpus, Tables) else None
+
+    def rows() -> Iterator[Mapping[str, Any]]:
+        for shard in corpus.shards():
+            for row in corpus.read(shard):
+                yield {name: row.values.get(name) for name in corpus.columns}
+
+    return mapped(rows(), folder, features), corpus
 
 
 def data_files(path: Path) -> list[Path]:

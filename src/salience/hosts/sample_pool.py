@@ -13,9 +13,11 @@ one before is removed. A kill at any moment leaves the pool of the last release,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -188,23 +190,68 @@ def joined(first: Any, second: Any) -> Any:
         ) from error
 
 
-def as_dataset(target: Any, folder: Path, chunk: int = 1000) -> Any:
-    """A `Dataset` as it is; the rows of an `IterableDataset` written to a parquet file in `folder` and mapped."""
-    from itertools import islice
+def as_dataset(target: Any, folder: Path) -> Any:
+    """A `Dataset` as it is; the rows of an `IterableDataset` written to a file in `folder` and mapped.
 
-    import pyarrow as pa
+    Raises:
+        ParameterError: as for `mapped`.
+    """
     from datasets import Dataset
-
-    from salience.hosts.corpus import write_tables
 
     if isinstance(target, Dataset):
         return target
-    schema = target.features.arrow_schema if target.features is not None else None
-    rows = iter(target)
-    parts = iter(lambda: list(islice(rows, chunk)), [])
-    path = folder / "arrived.parquet"
-    write_tables(path, (pa.Table.from_pylist(part, schema=schema) for part in parts), schema)
-    return Dataset.from_parquet(str(path), cache_dir=str(folder / "arrived"))
+    features = target.features
+    # pictures as they are stored: made anew they would be other bytes
+    return mapped(target if features is None else target.decode(False), folder, features)
+
+
+def mapped(rows: Iterable[Mapping[str, Any]], folder: Path, features: Any = None) -> Any:
+    """Rows written to a parquet file in `folder`, a part of them in memory at a time, and mapped as a `Dataset`.
+
+    Args:
+        rows (Iterable[Mapping]): with the same columns each.
+        folder (Path): made if it does not exist.
+        features (Features | None): types of the columns; None takes those of the first rows.
+
+    Raises:
+        ParameterError: if there are no rows, or a value of another type than its column.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+    from datasets.exceptions import DatasetsError
+
+    from salience.hosts.corpus import write_tables
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "rows.parquet"
+    try:
+        write_tables(path, _tables(rows, features))
+        if not path.exists():
+            raise ParameterError("dataset must hold at least one sample, got none")
+        found = Dataset.from_parquet(str(path), cache_dir=str(folder / "mapped"))
+    except (pa.ArrowException, DatasetsError, ValueError, TypeError) as error:
+        raise ParameterError(
+            f"dataset must have columns of one type each, got {first_line(error)}"
+        ) from error
+    # the same for the same rows, so that work that was broken off is known again
+    return found.select(range(len(found)), new_fingerprint=_digest(path))
+
+
+def _tables(rows: Iterable[Mapping[str, Any]], features: Any, chunk: int = 1000) -> Iterator[Any]:
+    import pyarrow as pa
+
+    left = iter(rows)
+    while part := list(islice(left, chunk)):
+        if features is None:
+            yield pa.Table.from_pylist(part)
+        else:
+            encoded = [features.encode_example(row) for row in part]
+            yield pa.Table.from_pylist(encoded, schema=features.arrow_schema)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _name(number: int) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from salience.core.errors import ConflictError, ParameterError
 from salience.core.files import check_writable, file_atomic, write_json_atomic
 from salience.core.loop import evaluating
 from salience.core.part import Part
+from salience.core.progress import bar
 from salience.core.top_share import keep_top, threshold
 from salience.hosts.corpus import Corpus, Shard, open_corpus, write_tables
 from salience.hosts.language import fingerprint, longest, scoring_model, vocabulary
@@ -122,8 +123,6 @@ def pick(
     dataset: Any,
     method: ScoringMethod,
     data: Any = None,
-    *,
-    progress: Progress = lambda *_: None,
 ) -> tuple[Picked, Any]:
     """Score the documents of a dataset and keep the best share of them.
 
@@ -131,7 +130,6 @@ def pick(
         dataset (Dataset | IterableDataset): any columns; see `Reading.columns`.
         method (ScoringMethod): scores batches of documents.
         data (Reading | None): how they are read.
-        progress (Callable): told after every shard.
 
     Returns:
         tuple: the part of a focus, and the dataset of what was kept, of the kind that was given, in its order.
@@ -142,7 +140,17 @@ def pick(
     """
     reading = reading_of(data)
     corpus = open_corpus(dataset, reading)
-    picked = select(corpus, method, reading, progress=progress)
+    told = 0
+    with bar(
+        "documents scored", len(dataset) if isinstance(dataset, Sized) else None, reading.progress
+    ) as advance:
+
+        def tell(done: int, _: int) -> None:
+            nonlocal told
+            advance(done - told)
+            told = done
+
+        picked = select(corpus, method, reading, progress=tell)
     return picked, corpus.take(picked.kept)
 
 
@@ -171,7 +179,7 @@ def make_scorer(
         "reading": {
             name: value
             for name, value in asdict(reading).items()
-            if name not in ("folder", "device", "skip_bad")
+            if name not in ("folder", "device", "skip_bad", "progress")
         },
     }
     if "model" not in getattr(method, "needs", ()):

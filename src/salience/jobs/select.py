@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,7 +110,7 @@ def select(
     if "model" in method.needs:
         method = _method(settings, settings.model or _sandbox_model(settings, say))
     if getattr(method, "scorer", None) is None:
-        return _by_focus(settings, method, source, reading, out, say)
+        return _by_focus(settings, method, source, reading, out, name, say)
     rank, size = engines.ranks()
     if rank:
         engines.wait_for(out / "shards.json")
@@ -222,25 +224,48 @@ def _by_focus(
     source: str,
     reading: Reading,
     out: Path,
+    name: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """A method with a rule of its own, on the whole dataset in this process."""
-    from salience.hosts.data import load_rows
+    """A method that decides on all samples together, in this process: one release of what lasts in its folder."""
+    from salience.report.select import build_release
     from salience.verb import focus
 
     if settings.engine != "local" or engines.ranks()[1] > 1:
-        raise ConflictError(f"engine must be local for {method.slug()}, got {settings.engine}")
-    rows = load_rows(source, split=settings.split, columns=dict(reading.columns))
-    say(f"scoring: {method.slug()}")
-    handle = focus(rows, method, data=replace(reading, columns={}, folder=None))
-    handle.save(out)
+        raise ConflictError(
+            f"engine must be local and without torchrun for {method.slug()}, got {settings.engine} "
+            f"in {engines.ranks()[1]} processes"
+        )
+    say(f"reading {name}")
+    if getattr(method, "state", None) is None:
+        # so that the same command goes on where it was killed
+        method = build_method(method.slug(), {**method.parameters(), "state": str(out / "pool")})
+    shown = describe_method(replace(method, **_unnamed(method)))
+    say(f"scoring: {shown}")
+    try:
+        rows, corpus = corpus_files.open_dataset(source, reading, out / "rows", split=settings.split)
+        handle = focus(rows, method, data=replace(reading, folder=None))
+        say("writing what was chosen")
+        handle.save(out)
+    finally:
+        shutil.rmtree(out / "rows", ignore_errors=True)
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+    spent, part = handle.spent[method.slug()], cast(Any, handle.parts[0])
     result = {
-        "method": describe_method(replace(method, **_unnamed(method))),
-        "spent": handle.spent[method.slug()],
+        "title": f"{spent['kept']:,} of {spent['samples']:,} samples of {name}",
+        "method": shown,
+        "model": str(getattr(method, "model", None)),
+        "data": settings.data or name,
+        "spent": spent,
+        "clusters": part.clusters,
+        "skipped": corpus.bad,
+        "files": json.loads((out / "salience.json").read_text(encoding="utf-8"))["selection"],
         "command": settings.command(out),
         "about": about(settings.device),
     }
     write_json_atomic(out / "result.json", result)
+    build_release(out, result)
     return result
 
 

@@ -1,4 +1,4 @@
-"""The page of `salience select`: the scores, what was kept of each source, and texts from both ends."""
+"""The page of `salience select`: scores, sources and texts from both ends, or clusters and what each was asked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from salience.core.pictures_picked import draw_picked
+from salience.core.pictures_picked import draw_clusters, draw_picked
 from salience.report import write_page
 from salience.report.view import drawn
 
@@ -38,6 +38,54 @@ def build_select(folder: str | Path, result: Mapping[str, Any], values: np.ndarr
     return write_page(Path(folder) / "report.html", "select.html", _page(result, values, kept))
 
 
+def build_release(folder: str | Path, result: Mapping[str, Any]) -> Path:
+    """Write `folder/report.html` on a method that clusters samples; see `build_select`."""
+    spent, clusters = result["spent"], result["clusters"]
+    chart = drawn(
+        lambda width: draw_clusters(clusters, width=width),
+        "samples of each cluster, and how many of them were chosen",
+        "clusters",
+    )
+    page = {
+        "title": result["title"],
+        "eyebrow": f"{result['method']} on {result['data']}",
+        "summary": f"Chosen from {len(clusters)} pseudo-skills. Of pool and arrivals {spent['pool']:,} samples "
+        f"stay in the pool and {spent['pruned']:,} leave it.",
+        "notes": [],
+        "sources": [],
+        "examples": [],
+        "chart": chart,
+        "chart_title": "Clusters",
+        "clusters": [
+            {
+                "name": number,
+                "samples": f"{one['samples']:,}",
+                "chosen": f"{one['chosen']:,}",
+                "expert": one["expert"] or "chance",
+            }
+            for number, one in sorted(enumerate(clusters), key=lambda pair: -pair[1]["samples"])
+        ],
+        "facts": [
+            ("Method", result["method"]),
+            ("Model", result["model"]),
+            ("Data", result["data"]),
+            ("Release", spent["release"]),
+            ("Scored again", f"{spent['scored again']:,}"),
+        ],
+        **_shared(result),
+    }
+    return write_page(Path(folder) / "report.html", "select.html", page)
+
+
+def _shared(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "skipped": result["skipped"][:_MOST_SKIPPED],
+        "more": max(0, len(result["skipped"]) - _MOST_SKIPPED),
+        "command": result["command"],
+        "about": {name: str(value) for name, value in result["about"].items() if value},
+    }
+
+
 def _page(result: Mapping[str, Any], values: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
     spent, sources = result["spent"], result["sources"]
     share = spent["kept"] / spent["documents"]
@@ -53,6 +101,8 @@ def _page(result: Mapping[str, Any], values: np.ndarray, kept: np.ndarray) -> di
         f"{spent['threshold']:.4g} or more.",
         "notes": [f"{spent[name]:,} {what}." for name, what in _COUNTS.items() if spent.get(name)],
         "chart": chart,
+        "chart_title": "Scores",
+        "clusters": [],
         "sources": [
             {
                 "name": name or "(none)",
@@ -67,14 +117,12 @@ def _page(result: Mapping[str, Any], values: np.ndarray, kept: np.ndarray) -> di
             {**one, "score": f"{one['score']:.4g}", "kept": "kept" if one["kept"] else "dropped"}
             for one in result["examples"]
         ],
-        "skipped": result["skipped"][:_MOST_SKIPPED],
+        **_shared(result),
         "more": max(0, spent.get("skipped", 0) - _MOST_SKIPPED),
-        "command": result["command"],
         "facts": [
             ("Method", result["method"]),
             ("Model", result["model"] or "none"),
             ("Data", result["data"]),
             ("Tokens read", f"{spent['tokens']:,}" if spent.get("tokens") else "none"),
         ],
-        "about": {name: str(value) for name, value in result["about"].items() if value},
     }

@@ -16,7 +16,8 @@ from salience.core.documents import Documents
 from salience.core.errors import ParameterError
 from salience.core.files import write_json_atomic
 from salience.core.part import Part
-from salience.hosts.corpus import named, open_corpus, write_tables
+from salience.core.progress import bar
+from salience.hosts.corpus import Shard, named, open_corpus, write_tables
 from salience.hosts.language import fingerprint, longest, scoring_model
 from salience.hosts.pictured import Pictured
 from salience.hosts.sample_meter import SampleMeter
@@ -231,7 +232,13 @@ class Arrival:
         scorer = ShardScorer(corpus, self._reading, measured, self._tokenizer, self._device, self._length)
         shards = list(corpus.shards())
         # a shard's file is written behind its vectors, so that where there is one, the other is there
-        score_shards(scorer, shards, folder, done=lambda _: vectors.flush())
+        with bar(f"{which} samples scored", len(rows), self._reading.progress) as advance:
+
+            def done(shard: Shard) -> None:
+                vectors.flush()
+                advance(shard.count)
+
+            score_shards(scorer, shards, folder, done=done)
         found: dict[str, Any] = {"vectors": vectors}
         for shard in shards:
             table = read_part(folder, shard).to_pydict()
@@ -291,7 +298,7 @@ class Release(Part):
         return ["data/part-000000.parquet"]
 
     def draw(self) -> Figure:
-        from salience.methods.samples._adapt_inf_picture import draw_clusters
+        from salience.core.pictures_picked import draw_clusters
 
         return draw_clusters(self.clusters)
 
