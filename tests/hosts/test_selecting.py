@@ -234,3 +234,37 @@ def test_methods_pick_one_after_another(reader, tmp_path):
     assert len(pq.read_table(folder / "scores.parquet")) == 10
     assert len(pq.read_table(folder / "scores-random-samples.parquet")) == 20
     assert len(pq.read_table(folder / "data" / "part-000000.parquet")) == 5
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """Numbers of each document are held, less than a hundred bytes; texts are not."""
+    import tracemalloc
+
+    from salience.hosts.corpus_files import open_source
+    from salience.hosts.selecting import select
+
+    def peak(count):
+        path, folder = tmp_path / f"{count}.jsonl", tmp_path / f"run{count}"
+        text = "word " * 200
+        path.write_text("".join(f'{{"id": {place}, "text": "{text}"}}\n' for place in range(count)))
+        reading = Reading(folder=folder, shard_documents=64)
+        tracemalloc.start()
+        try:
+            picked = select(open_source(path, reading), sal.Length(keep=0.2), reading)
+            picked.save(folder)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(100)  # what is imported once
+    small, large = peak(1000), peak(8000)
+    assert large - small < 100 * 7000
+
+
+def test_sources_without_end_are_counted_together(monkeypatch):
+    import salience.hosts.selecting as selecting
+
+    monkeypatch.setattr(selecting, "_MOST_SOURCES", 3)
+    rows = {"text": ["a " * (place + 1) for place in range(10)], "source": list("abcdefgaab")}
+    picked = sal.focus(Dataset.from_dict(rows), sal.Length(keep=0.5)).parts[0]
+    assert picked.sources == {"(others)": [4, 2], "a": [3, 2], "b": [2, 1], "c": [1, 0]}

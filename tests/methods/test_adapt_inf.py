@@ -391,10 +391,10 @@ def test_a_killed_process_leaves_a_pool_that_goes_on_to_the_same_choice(tmp_path
     outs = {}
     for name, dies in (("whole", 0), ("killed", 3)):
         state = tmp_path / name
-        runs = [[0, 0], [1, dies]] + ([[1, 0]] if dies else [])
-        for release, shards in runs:
+        runs = [["0,1", dies]] + ([["1", 0]] if dies else [])
+        for releases, shards in runs:
             done = subprocess.run(
-                [sys.executable, str(worker), str(state), str(release), str(shards)],
+                [sys.executable, str(worker), str(state), releases, str(shards)],
                 capture_output=True, text=True, check=False, timeout=120,
             )  # fmt: skip
             assert done.returncode == (-signal.SIGKILL if shards else 0), done.stderr[-2000:]

@@ -132,7 +132,8 @@ def _purity(labels: Tensor, skills: list[str], among: Sequence[str]) -> float:
 
 
 def _run(arm: str, seed: int, rate: float, device: str) -> Values:
-    world = arrival_world(seed=seed)
+    # settings were tried on seeds from 0
+    world = arrival_world(seed=100 + seed)
     model, tokenizer = world.model().to(device), world.tokenizer()
     draw = random.Random(seed)
     pool: Rows = {name: [] for name in world.sets[0].column_names}
@@ -242,7 +243,7 @@ EXPERIMENT = Experiment(
     ),
     run=_run,
     rates=(_RATE,),
-    seeds=5,
+    seeds=8,
     notes="Twenty clusters for ten skills. Random samples come from all that ever arrived, nothing pruned; the "
     "method's pool holds 1,000 samples. All parameters train, not an adapter.",
 )  # fmt: skip

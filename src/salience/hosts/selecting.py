@@ -37,6 +37,8 @@ _PLAN, _SHARDS = "plan.json", "shards.json"
 _SCORES, _KEPT, _DOMAINS = "scores.f32", "kept.u8", "domains.u16"
 _MOST_DOMAINS = 4096
 _ENDS = 5  # examples of each end
+# sources that are counted by name; a column of addresses may have as many as there are documents
+_MOST_SOURCES, OTHERS = 10_000, "(others)"
 # told how many documents of how many are scored; 0 in all where that is not known
 Progress = Callable[[int, int], None]
 # scores shards into a folder and tells of each when its file is there
@@ -386,7 +388,8 @@ def _by_source(folder: Path, shards: Sequence[Shard], kept: np.ndarray) -> dict[
         codes = column.indices.to_numpy()
         every, ours = np.bincount(codes), np.bincount(codes[marks], minlength=int(codes.max(initial=0)) + 1)
         for name, total, chosen in zip(column.dictionary.to_pylist(), every, ours):
-            counts = found.setdefault(name, [0, 0])
+            known = name in found or len(found) < _MOST_SOURCES
+            counts = found.setdefault(name if known else OTHERS, [0, 0])
             counts[0] += int(total)
             counts[1] += int(chosen)
     return dict(sorted(found.items(), key=lambda item: -item[1][0]))

@@ -12,7 +12,7 @@ from salience.core.pictures_picked import draw_clusters, draw_picked
 from salience.report import write_page
 from salience.report.view import drawn
 
-_MOST_SKIPPED = 20
+_MOST_SKIPPED, _MOST_SOURCES = 20, 50
 # counts of `spent` that a reader wants to know about, and what they mean
 _COUNTS = {
     "unscored": "could not be scored and are not kept",
@@ -111,8 +111,9 @@ def _page(result: Mapping[str, Any], values: np.ndarray, kept: np.ndarray) -> di
                 "share": f"{100 * chosen / total:.1f} %",
                 "enriched": f"{chosen / total / share:.2f}×" if share else "-",
             }
-            for name, (total, chosen) in sources.items()
+            for name, (total, chosen) in list(sources.items())[:_MOST_SOURCES]
         ],
+        "more_sources": max(0, len(sources) - _MOST_SOURCES),
         "examples": [
             {**one, "score": f"{one['score']:.4g}", "kept": "kept" if one["kept"] else "dropped"}
             for one in result["examples"]
