@@ -43,7 +43,7 @@ def main() -> int:
     result["cost"] = cost(args.documents, args.rounds)
     result["memory"] = memory((2_000, 20_000, 200_000))
     if args.ray:
-        result["ray"] = workers(200)
+        result["ray"] = workers(600)
     write_json_atomic(args.out, result)
     print(json.dumps(result, indent=1))
     return 0
