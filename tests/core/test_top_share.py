@@ -5,12 +5,13 @@ import pytest
 
 from salience.core import top_share
 from salience.core.errors import ParameterError
-from salience.core.top_share import keep_top, threshold
+from salience.core.top_share import keep_top, lots, threshold
 
 
-def sorted_choice(scores, wanted):
-    """Places of the best `wanted`, the first of equal ones, NaN never."""
-    ranked = [place for place in np.argsort(-scores, kind="stable") if not np.isnan(scores[place])]
+def sorted_choice(scores, wanted, numbers=None):
+    """Places of the best `wanted`, of equal ones by lot, NaN never."""
+    drawn = lots(np.arange(len(scores)) if numbers is None else numbers).astype(np.int64)
+    ranked = [place for place in np.lexsort((-drawn, -scores)) if not np.isnan(scores[place])]
     kept = np.zeros(len(scores), bool)
     kept[ranked[:wanted]] = True
     return kept
@@ -43,9 +44,17 @@ def test_each_domain_keeps_its_share_and_chunks_change_nothing(monkeypatch):
     for domain in range(5):
         mine = domains == domain
         wanted = 0 if domain == 3 else int(np.ceil(0.3 * mine.sum()))
-        np.testing.assert_array_equal(whole[mine], sorted_choice(scores[mine], wanted))
+        np.testing.assert_array_equal(whole[mine], sorted_choice(scores[mine], wanted, np.flatnonzero(mine)))
     monkeypatch.setattr(top_share, "_CHUNK", 37)
     np.testing.assert_array_equal(keep_top(scores, 0.3, domains=domains), whole)
+
+
+def test_of_equal_scores_no_part_of_the_corpus_is_preferred():
+    kept = keep_top(np.zeros(10_000, np.float32), 0.2)
+    assert kept.sum() == 2000
+    tenths = kept.reshape(10, 1000).sum(1)
+    assert tenths.min() > 150 and tenths.max() < 250
+    assert len(np.unique(lots(np.arange(10_000)))) == 10_000 and int(lots(np.arange(10_000)).max()) < 1 << 32
 
 
 def test_mapped_files_are_enough(tmp_path):

@@ -1,9 +1,9 @@
 """The best share of many scores, exactly, from a file that need not fit into memory.
 
-The threshold is found by counting: three passes over the scores, each of which settles a further 11, 11 and 10 bits
-of the score that stands at the border, with 2048 counters for each domain. Nothing is sorted, nothing is estimated.
-Of equal scores at the border those that come first in the corpus are kept, so the choice does not depend on shards,
-machines or their order.
+The threshold is found by counting: each pass over the scores settles a further 11, 11 and 10 bits of the score that
+stands at the border, with 2048 counters for each domain. Nothing is sorted, nothing is estimated. Of equal scores at
+the border a hash of the document's number in the corpus decides, in three more passes of the same kind, so the choice
+does not depend on shards, machines or their order, and prefers no part of the corpus.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 
 from salience.core.budget import check_keep, count
 
-_DIGITS = (11, 11, 10)  # bits of a float32, from the top
+_DIGITS = (11, 11, 10)  # bits of a float32, from the top, then of a hash as long
+_BITS = 64
 _CHUNK = 1 << 20  # scores looked at together
 
 
@@ -69,43 +70,52 @@ def threshold(scores: np.ndarray, kept: np.ndarray) -> float:
     return lowest if np.isfinite(lowest) else float("nan")
 
 
+def lots(numbers: np.ndarray) -> np.ndarray:
+    """32 bits of each number, mixed (the finisher of SplitMix64), as uint64: of equal scores the highest wins."""
+    mixed = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return (mixed ^ mixed >> np.uint64(31)) >> np.uint64(32)
+
+
 def _border(
     scores: np.ndarray, domains: np.ndarray | None, wanted: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each domain the key at its border [D], and how many with exactly this key are kept [D]."""
-    border, left = np.zeros(len(wanted), np.uint32), wanted.copy()
+    border, left = np.zeros(len(wanted), np.uint64), wanted.copy()
     settled = 0
-    for bits in _DIGITS:
+    for bits in (*_DIGITS, *_DIGITS):
         settled += bits
         counts = np.zeros((len(wanted), 1 << bits), np.int64)
         for keys, groups, valid in _keys(scores, domains):
             # those that agree with the border so far
             same = (
-                valid & ((keys ^ border[groups]) >> np.uint32(32 - settled + bits) == 0)
+                valid & ((keys ^ border[groups]) >> np.uint64(_BITS - settled + bits) == 0)
                 if (settled > bits)
                 else valid
             )
-            digit = (keys[same] >> np.uint32(32 - settled)) & np.uint32((1 << bits) - 1)
-            place = groups[same] * (1 << bits) + digit
+            digit = (keys[same] >> np.uint64(_BITS - settled)) & np.uint64((1 << bits) - 1)
+            place = groups[same] * (1 << bits) + digit.astype(np.int64)
             counts += np.bincount(place, minlength=counts.size).reshape(counts.shape)
         above = counts[:, ::-1].cumsum(1)[:, ::-1]  # with this digit or a higher one
         for group in range(len(wanted)):
             if wanted[group]:
                 digit = int(np.flatnonzero(above[group] >= left[group])[-1])
                 left[group] -= above[group, digit + 1] if digit + 1 < 1 << bits else 0
-                border[group] |= np.uint32(digit << (32 - settled))
+                border[group] |= np.uint64(digit << (_BITS - settled))
     return border, left
 
 
 def _keys(
     scores: np.ndarray, domains: np.ndarray | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """In chunks: whole numbers that sort as the scores do, domains, and which scores are numbers."""
+    """In chunks: whole numbers that sort as scores and lots do, domains, and which scores are numbers."""
     for start in range(0, len(scores), _CHUNK):
         # the sum turns -0.0 into 0.0, which equals it
         values = np.asarray(scores[start : start + _CHUNK], np.float32) + np.float32(0.0)
         bits = values.view(np.uint32)
-        keys = np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(1 << 31))
+        ranks = np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(1 << 31))
+        keys = ranks.astype(np.uint64) << np.uint64(32) | lots(np.arange(start, start + len(values)))
         groups = (
             np.zeros(len(keys), np.int64)
             if domains is None
