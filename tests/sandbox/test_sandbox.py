@@ -282,18 +282,6 @@ def test_python_without_its_sources_is_refused(tmp_path, own_cache, monkeypatch)
         text_world(size="tiny")
 
 
-def test_a_bar_is_shown_only_when_asked(capfd):
-    with _language.bar("working", 2, None) as advance:
-        advance()
-    assert capfd.readouterr() == ("", "")
-    with _language.bar("working", 2, True) as advance:
-        advance()
-        advance()
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert "working" in err
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

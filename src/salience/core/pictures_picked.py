@@ -119,7 +119,7 @@ def _examples(axes: Any, examples: Sequence[Mapping[str, Any]], width: int) -> N
     axes.set_title("the highest scores, and the lowest")
     step = 1 / max(1, len(examples))
     for place, one in enumerate(examples):
-        line = f"{one['score']:>9.3f}  {_short(one['text'], width // 7 - 16)}"
+        line = f"{one['score']:>9.3f}  {_short(one['text'], (width - 100) // 7 - 11)}"
         colour = KEPT if one["kept"] else drawing.MUTED
         axes.text(
             0, 1 - (place + 0.5) * step, line, va="center", fontsize=8, family="monospace", color=colour,
