@@ -243,8 +243,12 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     from salience.hosts.corpus_files import open_source
     from salience.hosts.selecting import select
 
+    runs = 0
+
     def peak(count):
-        path, folder = tmp_path / f"{count}.jsonl", tmp_path / f"run{count}"
+        nonlocal runs
+        runs += 1
+        path, folder = tmp_path / f"{count}.jsonl", tmp_path / f"run{runs}"
         text = "word " * 200
         path.write_text("".join(f'{{"id": {place}, "text": "{text}"}}\n' for place in range(count)))
         reading = Reading(folder=folder, shard_documents=64)
@@ -257,8 +261,10 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
             tracemalloc.stop()
 
     peak(100)  # what is imported once
-    small, large = peak(1000), peak(8000)
-    assert large - small < 100 * 7000
+    small = peak(1000)
+    # twice: Python's own table of strings may double meanwhile, which is megabytes, but not both times
+    large = min(peak(5000), peak(5000))
+    assert large - small < 100 * 4000
 
 
 def test_sources_without_end_are_counted_together(monkeypatch):

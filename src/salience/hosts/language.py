@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salience.core.documents import Documents
 from salience.core.errors import ParameterError, require
 from salience.core.losses import IGNORE
+from salience.core.token_scores import row_means
 from salience.hosts import checkpoints
 from salience.hosts.transformers import loss_kind, structure
 
@@ -135,6 +137,11 @@ class TokenMeter:
         return {
             name: torch.nn.functional.pad(value, (1, 0), value=torch.nan) for name, value in found.items()
         }
+
+    def means(self, batch: Documents, measure: Measure) -> Tensor:
+        """The mean of a measure over the tokens of each document that are asked for: [B] float64, NaN without one."""
+        values = self(batch.ids, batch.labels, {"value": measure})["value"]
+        return row_means(values, (batch.labels != IGNORE) & ~values.isnan())
 
     def _width(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)

@@ -34,11 +34,10 @@ from salience.core.budget import check_keep
 from salience.core.documents import Documents, Scorer
 from salience.core.errors import ParameterError, require
 from salience.core.files import write_json_atomic
-from salience.core.losses import IGNORE
 from salience.core.method import Method
 from salience.core.part import Part
 from salience.core.places import cache_folder
-from salience.core.token_scores import nll, row_means
+from salience.core.token_scores import nll
 from salience.hosts import head_masks
 from salience.hosts.attention import AttentionCall, attention_module, observe
 from salience.hosts.language import TokenMeter, fingerprint, longest, vocabulary
@@ -117,15 +116,11 @@ class AttentionInfluence(Method):
         heads = head_masks.check_heads(model, self.retrieval_heads(model, tokenizer))
         meter, fork = TokenMeter(model), head_masks.Fork(model, heads, self.mask_mode)
 
-        def loss(batch: Documents) -> Tensor:
-            losses = meter(batch.ids, batch.labels, {"loss": nll})["loss"]
-            return row_means(losses, (batch.labels != IGNORE) & ~losses.isnan())
-
         def scored(batch: Documents) -> dict[str, Tensor]:
             with fork.intact():
-                base = loss(batch)
+                base = meter.means(batch, nll)
             with fork.weakened():
-                ref = loss(batch)
+                ref = meter.means(batch, nll)
             short = batch.lengths < self.min_tokens
             values = score(base, ref, normalise=self.normalise, floor=self.loss_floor)
             return {

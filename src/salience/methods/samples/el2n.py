@@ -20,10 +20,9 @@ from torch import Tensor
 from salience.core.budget import check_keep
 from salience.core.documents import Documents, Scorer
 from salience.core.errors import require
-from salience.core.losses import IGNORE
 from salience.core.method import Method
 from salience.core.part import Part
-from salience.core.token_scores import el2n, row_means
+from salience.core.token_scores import el2n
 from salience.hosts.language import TokenMeter
 from salience.hosts.selecting import pick
 
@@ -65,22 +64,11 @@ class EL2N(Method):
         meter = TokenMeter(model)
 
         def scored(batch: Documents) -> dict[str, Tensor]:
-            errors = meter(batch.ids, batch.labels, {"el2n": el2n})["el2n"]
-            return {"score": score(errors, (batch.labels != IGNORE) & ~errors.isnan(), self.prefer)}
+            return {"score": score(meter.means(batch, el2n), self.prefer)}
 
         return scored
 
 
-def score(errors: Tensor, active: Tensor, prefer: str = "high") -> Tensor:
-    """Mean error length of each document.
-
-    Args:
-        errors (Tensor): [B, T] lengths of the error vectors.
-        active (Tensor): [B, T] bool, the tokens that count.
-        prefer (str): "high" or "low"; the latter turns the sign.
-
-    Returns:
-        Tensor: [B]; NaN without a token.
-    """
-    means = row_means(errors, active)
+def score(means: Tensor, prefer: str = "high") -> Tensor:
+    """Mean lengths of the error vectors [B] with the sign that makes what is preferred high; NaN stays."""
     return means if prefer == "high" else -means

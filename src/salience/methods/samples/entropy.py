@@ -18,10 +18,9 @@ from torch import Tensor
 from salience.core.budget import check_keep
 from salience.core.documents import Documents, Scorer
 from salience.core.errors import require
-from salience.core.losses import IGNORE
 from salience.core.method import Method
 from salience.core.part import Part
-from salience.core.token_scores import entropy, row_means
+from salience.core.token_scores import entropy
 from salience.hosts.language import TokenMeter
 from salience.hosts.selecting import pick
 
@@ -63,22 +62,11 @@ class Entropy(Method):
         meter = TokenMeter(model)
 
         def scored(batch: Documents) -> dict[str, Tensor]:
-            found = meter(batch.ids, batch.labels, {"entropy": entropy})["entropy"]
-            return {"score": score(found, (batch.labels != IGNORE) & ~found.isnan(), self.prefer)}
+            return {"score": score(meter.means(batch, entropy), self.prefer)}
 
         return scored
 
 
-def score(entropies: Tensor, active: Tensor, prefer: str = "high") -> Tensor:
-    """Mean entropy of each document.
-
-    Args:
-        entropies (Tensor): [B, T] in nats.
-        active (Tensor): [B, T] bool, the tokens that count.
-        prefer (str): "high" or "low"; the latter turns the sign.
-
-    Returns:
-        Tensor: [B]; NaN without a token.
-    """
-    means = row_means(entropies, active)
+def score(means: Tensor, prefer: str = "high") -> Tensor:
+    """Mean entropies [B] in nats, with the sign that makes what is preferred high; NaN stays."""
     return means if prefer == "high" else -means

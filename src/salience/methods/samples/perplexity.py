@@ -17,10 +17,9 @@ from torch import Tensor
 from salience.core.budget import check_keep
 from salience.core.documents import Documents, Scorer
 from salience.core.errors import require
-from salience.core.losses import IGNORE
 from salience.core.method import Method
 from salience.core.part import Part
-from salience.core.token_scores import nll, row_means
+from salience.core.token_scores import nll
 from salience.hosts.language import TokenMeter
 from salience.hosts.selecting import pick
 
@@ -62,8 +61,7 @@ class Perplexity(Method):
         meter = TokenMeter(model)
 
         def scored(batch: Documents) -> dict[str, Tensor]:
-            losses = meter(batch.ids, batch.labels, {"loss": nll})["loss"]
-            loss = row_means(losses, (batch.labels != IGNORE) & ~losses.isnan())
+            loss = meter.means(batch, nll)
             return {"score": score(loss, self.prefer), "loss": loss}
 
         return scored
