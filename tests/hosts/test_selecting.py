@@ -268,9 +268,9 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 
 
 def test_sources_without_end_are_counted_together(monkeypatch):
-    import salience.hosts.selecting as selecting
+    import salience.hosts.picked as picked_part
 
-    monkeypatch.setattr(selecting, "_MOST_SOURCES", 3)
+    monkeypatch.setattr(picked_part, "_MOST_SOURCES", 3)
     rows = {"text": ["a " * (place + 1) for place in range(10)], "source": list("abcdefgaab")}
     picked = sal.focus(Dataset.from_dict(rows), sal.Length(keep=0.5)).parts[0]
     assert picked.sources == {"(others)": [4, 2], "a": [3, 2], "b": [2, 1], "c": [1, 0]}

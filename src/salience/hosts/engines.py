@@ -21,7 +21,7 @@ from salience.core.errors import ParameterError, SalienceError, first_line, requ
 from salience.hosts.corpus import Shard
 from salience.hosts.corpus_files import open_source
 from salience.hosts.scoring import ShardScorer, part_path, score_shards
-from salience.hosts.selecting import _SHARDS, make_scorer
+from salience.hosts.selecting import SHARDS, make_scorer
 
 _POLL = 0.2  # seconds between looks for files of others
 
@@ -52,7 +52,7 @@ class Work:
 
         torch.set_num_threads(self.threads)
         corpus = open_source(self.source, self.reading, split=self.split)
-        corpus.keep_plan(Path(self.folder) / _SHARDS)
+        corpus.keep_plan(Path(self.folder) / SHARDS)
         return make_scorer(corpus, self.method, self.reading)[0]
 
 

@@ -192,6 +192,27 @@ def part_path(folder: Path, number: int) -> Path:
     return folder / "parts" / f"part-{number:06d}.parquet"
 
 
+def read_part(folder: Path, shard: Shard, columns: Sequence[str] | None = None) -> Any:
+    """A shard's scores as an Arrow table.
+
+    Raises:
+        ParameterError: for a file that is not there, is broken, or has another number of documents.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = part_path(folder, shard.number)
+    try:
+        table = pq.read_table(path, columns=None if columns is None else list(columns))
+    except (OSError, pa.ArrowException) as error:
+        raise ParameterError(f"folder must hold whole parts of scores, got {path} ({error})") from error
+    if len(table) != shard.count:
+        raise ParameterError(
+            f"folder must hold scores of {shard.count} documents in {path}, got {len(table)}: remove it"
+        )
+    return table
+
+
 def score_shards(
     scorer: ShardScorer,
     shards: Iterator[Shard] | Sequence[Shard],

@@ -17,7 +17,8 @@ from salience.core.files import write_json_atomic
 from salience.core.method import Method
 from salience.core.spec import build_method, describe_method, parse_method
 from salience.hosts import checkpoints, corpus_files, engines, selecting
-from salience.hosts.selecting import Picked
+from salience.hosts.picked import Picked
+from salience.hosts.scoring import score_shards
 from salience.jobs.asking import command_line, own_folder
 
 ENGINES = ("local", "ray")
@@ -113,7 +114,7 @@ def select(
         return _by_focus(settings, method, source, reading, out, name, say)
     rank, size = engines.ranks()
     if rank:
-        engines.wait_for(out / "shards.json")
+        engines.wait_for(out / selecting.SHARDS)
     say(f"reading {name}")
     corpus = corpus_files.open_source(source, reading, split=settings.split)
     # has a scorer, as was seen above
@@ -188,7 +189,7 @@ def _sandbox_model(settings: SelectSettings, say: Callable[[str], None]) -> str:
 
 def _local(*arguments: Any) -> None:
     scorer, shards, folder, done = arguments
-    selecting.score_shards(scorer, shards, folder, done=done)
+    score_shards(scorer, shards, folder, done=done)
 
 
 def _engine(

@@ -22,8 +22,8 @@ from salience.hosts.language import fingerprint, longest, scoring_model
 from salience.hosts.pictured import Pictured
 from salience.hosts.sample_meter import SampleMeter
 from salience.hosts.sample_pool import SamplePool, as_dataset, joined
-from salience.hosts.scoring import ShardScorer, score_shards
-from salience.hosts.selecting import read_part, reading_of
+from salience.hosts.scoring import ShardScorer, read_part, score_shards
+from salience.hosts.selecting import reading_of
 
 if TYPE_CHECKING:
     from types import TracebackType
