@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_llava
 
 import salience as sal
+from salience.core.documents import Reading
 from salience.core.errors import ParameterError
 from salience.hosts.pictured import Pictured, grounding, without_pictures
 from salience.methods.samples.image_grounding import score
@@ -98,6 +99,13 @@ def test_rows_without_a_picture_have_no_score_and_are_not_kept():
     scores = picked.scores["image-grounding.score"]
     assert [math.isnan(value) for value in scores.tolist()] == [False, True, False, False, True, False]
     assert len(picked.dataset) == 2 and all(image is not None for image in picked.dataset["image"])
+
+
+def test_a_dataset_without_a_picture_column_is_refused_before_anything_is_scored():
+    renamed = dataset().rename_column("image", "photo")
+    for rows in (renamed, renamed.to_iterable_dataset()):
+        with pytest.raises(ParameterError, match=r"dataset must have a column image or images .*photo"):
+            sal.focus(rows, _picks(), data=Reading(columns={"image": "photo"}))
 
 
 def test_low_is_the_other_end():

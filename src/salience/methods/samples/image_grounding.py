@@ -78,6 +78,12 @@ class ImageGrounding(Method):
                 "model must be a vision-language model, with its processor=, got "
                 f"{type(self.model).__name__} and {type(self.processor).__name__}"
             )
+        # without one every row would go without a score, and nothing would be kept
+        names = dataset.column_names or []
+        if names and not {"image", "images"} & set(names):
+            raise ParameterError(
+                f"dataset must have a column image or images (rename_column), got {', '.join(names)}"
+            )
         return pick(dataset, self, data)
 
     def scorer(self, model: Any, tokenizer: Any = None) -> Scorer:
